@@ -1,0 +1,95 @@
+// XLA FFI custom calls on CUDA. They launch kernels and do no host work, so XLA may capture them in a CUDA graph.
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <mutex>
+#include <string>
+
+#include "append.h"
+#include "driver.h"
+#include "handlers.h"
+
+namespace jax_vattention {
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int kMaxDevices = 64;
+constexpr unsigned kMaxThreads = 256;
+
+struct AppendKernels {
+  CUfunction by_16_bytes = nullptr;
+  CUfunction by_2_bytes = nullptr;
+  std::atomic<bool> loaded{false};
+};
+
+// Loaded modules live as long as the process: programs that were compiled keep calling into them.
+std::array<AppendKernels, kMaxDevices>& Kernels() {
+  static auto* kernels = new std::array<AppendKernels, kMaxDevices>();
+  return *kernels;
+}
+
+ffi::Error Failed(const std::exception& error) { return ffi::Error(ffi::ErrorCode::kInternal, error.what()); }
+
+ffi::Error AppendCuda(CUstream stream, int32_t ordinal, ffi::AnyBuffer view, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                      ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::S32> positions,
+                      ffi::Buffer<ffi::PRED> mask, ffi::Buffer<ffi::S32> mapped_lens, ffi::Buffer<ffi::S32> order,
+                      ffi::Result<ffi::Buffer<ffi::S32>> order_out) {
+  auto decoded = DecodeAppend(view, k, v, layer, slots, positions, mask, mapped_lens, order, order_out);
+  if (!decoded) return decoded.error();
+  AppendArgs args = *decoded;
+  if (args.tokens == 0) return ffi::Error::Success();
+  if (ordinal < 0 || ordinal >= kMaxDevices || !Kernels()[ordinal].loaded) {
+    return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                      "append: its kernel is not loaded on CUDA device " + std::to_string(ordinal) +
+                          "; a KVCacheManager on that device loads it");
+  }
+  // k, v and the view start at multiples of 16; so do all parts of them when a part is one.
+  const bool wide = args.part_bytes % 16 == 0;
+  const AppendKernels& kernels = Kernels()[ordinal];
+  const int64_t words = args.part_bytes / (wide ? 16 : 2);
+  const unsigned threads = static_cast<unsigned>(std::min<int64_t>(kMaxThreads, (words + 31) / 32 * 32));
+  void* parameters[] = {&args};
+  try {
+    driver::Check(driver::Get().cuLaunchKernel(wide ? kernels.by_16_bytes : kernels.by_2_bytes,
+                                               static_cast<unsigned>(args.tokens), 1, 1, threads, 1, 1, 0, stream,
+                                               parameters, nullptr),
+                  "cuLaunchKernel", "append of " + std::to_string(args.tokens) + " tokens");
+  } catch (const std::exception& error) {
+    return Failed(error);
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+void LoadAppendKernel(int ordinal, const void* image) {
+  if (ordinal < 0 || ordinal >= kMaxDevices) {
+    throw std::invalid_argument("device ordinal: expected 0 to " + std::to_string(kMaxDevices - 1) + ", got " +
+                                std::to_string(ordinal));
+  }
+  static std::mutex mutex;
+  std::lock_guard<std::mutex> lock(mutex);
+  AppendKernels& kernels = Kernels()[ordinal];
+  if (kernels.loaded) return;
+  // Leaked with the module: see Kernels().
+  const auto* context = new driver::PrimaryContext(ordinal);
+  driver::ScopedContext current(context->get());
+  current.Require();
+  const driver::Api& api = driver::Get();
+  CUmodule module;
+  driver::Check(api.cuModuleLoadData(&module, image), "cuModuleLoadData", "loading append.cu");
+  // Found now and not at the first launch: that may be inside a graph capture, where nothing can be loaded.
+  driver::Check(api.cuModuleGetFunction(&kernels.by_16_bytes, module, "append_16"), "cuModuleGetFunction", "append_16");
+  driver::Check(api.cuModuleGetFunction(&kernels.by_2_bytes, module, "append_2"), "cuModuleGetFunction", "append_2");
+  kernels.loaded = true;
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    AppendCudaHandler, AppendCuda,
+    BindAppend(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<CUstream>>().Ctx<ffi::DeviceOrdinal>()),
+    {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace jax_vattention

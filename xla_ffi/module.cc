@@ -1,0 +1,181 @@
+// The Python face of the native core. jax_vattention/memory.py gives it types and documentation.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "dlpack.h"
+#include "handlers.h"
+#include "paged_buffer.h"
+
+namespace py = pybind11;
+
+namespace jax_vattention {
+namespace {
+
+// A buffer with the number of views of it that are alive: tensors handed out and not yet deleted.
+struct ExportedBuffer {
+  ExportedBuffer(std::shared_ptr<PagePool> pool, size_t bytes) : buffer(std::move(pool), bytes) {}
+  PagedBuffer buffer;
+  std::atomic<int64_t> views{0};
+};
+
+// Owns what a DLPack consumer points to. Its deleter needs no interpreter: XLA may call it on any thread, at any time.
+struct Export {
+  dlpack::ManagedTensor managed;
+  std::vector<int64_t> shape;
+  std::shared_ptr<ExportedBuffer> buffer;
+};
+
+void DeleteExport(dlpack::ManagedTensor* managed) {
+  auto* exported = static_cast<Export*>(managed->owner);
+  --exported->buffer->views;
+  delete exported;
+}
+
+constexpr const char* kCapsule = "dltensor";
+
+dlpack::Device DeviceOf(const PagedBuffer& buffer) {
+  const Memory& memory = *buffer.pool().memory();
+  if (std::string(memory.platform()) == "cuda") return {dlpack::kCuda, memory.ordinal()};
+  return {dlpack::kCpu, 0};
+}
+
+py::capsule ToDlpack(const std::shared_ptr<ExportedBuffer>& buffer, std::vector<int64_t> shape, bool bfloat,
+                     int bits) {
+  int64_t bytes = bits / 8;
+  for (const int64_t size : shape) bytes *= size;
+  if (bytes != static_cast<int64_t>(buffer->buffer.bytes())) {
+    throw std::invalid_argument("view: expected a shape of " + std::to_string(buffer->buffer.bytes()) +
+                                " bytes, got one of " + std::to_string(bytes));
+  }
+  auto exported = std::make_unique<Export>();
+  exported->shape = std::move(shape);
+  exported->buffer = buffer;
+  dlpack::Tensor& tensor = exported->managed.tensor;
+  tensor.data = reinterpret_cast<void*>(buffer->buffer.address());
+  tensor.device = DeviceOf(buffer->buffer);
+  tensor.ndim = static_cast<int32_t>(exported->shape.size());
+  tensor.dtype = {bfloat ? dlpack::kBfloat : dlpack::kFloat, static_cast<uint8_t>(bits), 1};
+  tensor.shape = exported->shape.data();
+  tensor.strides = nullptr;
+  tensor.byte_offset = 0;
+  exported->managed.owner = exported.get();
+  exported->managed.deleter = DeleteExport;
+  py::capsule capsule(&exported->managed, kCapsule, [](PyObject* object) {
+    // A consumer renames the capsule and deletes the tensor itself.
+    if (!PyCapsule_IsValid(object, kCapsule)) return;
+    auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(object, kCapsule));
+    managed->deleter(managed);
+  });
+  ++buffer->views;
+  exported.release();
+  return capsule;
+}
+
+std::vector<PageRange> Ranges(const std::vector<std::pair<int64_t, int64_t>>& ranges) {
+  std::vector<PageRange> result;
+  result.reserve(ranges.size());
+  for (const auto& [page, count] : ranges) result.push_back({page, count});
+  return result;
+}
+
+template <typename Handler>
+py::capsule Target(Handler* handler) {
+  return py::capsule(reinterpret_cast<void*>(handler));
+}
+
+// Raises the Python class `errors.NAME` with the fields of the C++ error.
+void TranslateErrors(std::exception_ptr pointer) {
+  const auto raise = [](const char* name, auto&&... fields) {
+    py::object type = py::module_::import("jax_vattention.errors").attr(name);
+    py::object error = type(std::forward<decltype(fields)>(fields)...);
+    PyErr_SetObject(type.ptr(), error.ptr());
+  };
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const DriverError& error) {
+    raise("DriverError", error.what(), error.call, error.code, error.name, error.state, error.out_of_memory);
+  } catch (const DriverUnavailable& error) {
+    raise("DriverUnavailableError", error.what());
+  } catch (const OutOfPages& error) {
+    raise("OutOfPagesError", error.what());
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "Virtual memory, page pools and custom calls of jax_vattention.";
+  py::register_local_exception_translator(TranslateErrors);
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+  py::class_<Memory, std::shared_ptr<Memory>>(module, "Memory")
+      .def_static("host", &OpenHostMemory, py::arg("strict"))
+      .def_static("cuda", &OpenCudaMemory, py::arg("ordinal"), Unlocked())
+      .def_property_readonly("platform", &Memory::platform)
+      .def_property_readonly("granularity", &Memory::granularity)
+      .def_property_readonly("calls", &Memory::calls)
+      .def("info",
+           [](Memory& memory) {
+             const MemoryInfo info = memory.Info();
+             return std::make_pair(info.free_bytes, info.total_bytes);
+           })
+      .def("inject_failure", &Memory::InjectFailure, py::arg("calls"), py::arg("out_of_memory"));
+
+  py::class_<PagePool, std::shared_ptr<PagePool>>(module, "PagePool")
+      .def(py::init<std::shared_ptr<Memory>, size_t, int64_t>(), py::arg("memory"), py::arg("page_bytes"),
+           py::arg("total_pages"))
+      .def_property_readonly("page_bytes", &PagePool::page_bytes)
+      .def_property_readonly("total_pages", &PagePool::total_pages)
+      .def_property_readonly("free_pages", &PagePool::free_pages)
+      .def_property_readonly("created_pages", &PagePool::created_pages);
+
+  py::class_<ExportedBuffer, std::shared_ptr<ExportedBuffer>>(module, "PagedBuffer")
+      .def(py::init<std::shared_ptr<PagePool>, size_t>(), py::arg("pool"), py::arg("bytes"))
+      .def_property_readonly("address", [](const ExportedBuffer& self) { return self.buffer.address(); })
+      .def_property_readonly("bytes", [](const ExportedBuffer& self) { return self.buffer.bytes(); })
+      .def_property_readonly("mapped_pages", [](const ExportedBuffer& self) { return self.buffer.mapped_pages(); })
+      .def_property_readonly("views", [](const ExportedBuffer& self) { return self.views.load(); })
+      .def_property_readonly("dlpack_device",
+                             [](const ExportedBuffer& self) {
+                               const dlpack::Device device = DeviceOf(self.buffer);
+                               return std::make_pair(device.type, device.id);
+                             })
+      .def("dlpack", &ToDlpack, py::arg("shape"), py::arg("bfloat"), py::arg("bits"))
+      .def(
+          "map",
+          [](ExportedBuffer& self, const std::vector<std::pair<int64_t, int64_t>>& ranges, bool zero) {
+            const std::vector<PageRange> checked = Ranges(ranges);
+            py::gil_scoped_release unlocked;
+            self.buffer.Map(checked, zero);
+          },
+          py::arg("ranges"), py::arg("zero"))
+      .def(
+          "unmap",
+          [](ExportedBuffer& self, const std::vector<std::pair<int64_t, int64_t>>& ranges) {
+            const std::vector<PageRange> checked = Ranges(ranges);
+            py::gil_scoped_release unlocked;
+            self.buffer.Unmap(checked);
+          },
+          py::arg("ranges"));
+
+  module.def("load_append_kernel", [](int ordinal, const py::bytes& image) {
+    const std::string copy = image;
+    py::gil_scoped_release unlocked;
+    LoadAppendKernel(ordinal, copy.data());
+  });
+  module.def("ffi_targets", [] {
+    py::dict targets;
+    targets["cpu"] = Target(AppendCpuHandler);
+    targets["CUDA"] = Target(AppendCudaHandler);
+    return targets;
+  });
+}
+
+}  // namespace jax_vattention

@@ -1,0 +1,68 @@
+#include "vmm.h"
+
+#include <cstdio>
+#include <utility>
+
+namespace jax_vattention {
+
+void Memory::InjectFailure(int64_t calls, bool out_of_memory) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  calls_until_failure_ = calls;
+  fail_out_of_memory_ = out_of_memory;
+}
+
+int64_t Memory::calls() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return calls_;
+}
+
+void Memory::CountCall(const char* call, const std::string& state) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++calls_;
+  if (!calls_until_failure_) return;
+  if (*calls_until_failure_ > 0) {
+    --*calls_until_failure_;
+    return;
+  }
+  calls_until_failure_.reset();
+  throw DriverError(call, 0, "an injected failure", state, fail_out_of_memory_);
+}
+
+Page::Page(std::shared_ptr<Memory> memory, size_t bytes)
+    : memory_(std::move(memory)), bytes_(bytes), handle_(memory_->CreatePage(bytes)) {}
+
+Page::~Page() {
+  if (memory_) memory_->ReleasePage(handle_, bytes_);
+}
+
+Page::Page(Page&& other) noexcept
+    : memory_(std::move(other.memory_)), bytes_(other.bytes_), handle_(other.handle_) {}
+
+Reservation::Reservation(std::shared_ptr<Memory> memory, size_t bytes)
+    : memory_(std::move(memory)), bytes_(bytes), address_(memory_->Reserve(bytes)) {}
+
+Reservation::~Reservation() { memory_->ReleaseReservation(address_, bytes_); }
+
+Mapping::Mapping(Reservation& reservation, size_t offset, const Page& page)
+    : memory_(&reservation.memory()), address_(reservation.address() + offset), bytes_(page.bytes()) {
+  memory_->Map(address_, bytes_, page.handle());
+}
+
+Mapping::Mapping(Mapping&& other) noexcept
+    : memory_(std::exchange(other.memory_, nullptr)), address_(other.address_), bytes_(other.bytes_) {}
+
+Mapping::~Mapping() {
+  if (memory_ == nullptr) return;
+  try {
+    memory_->Unmap(address_, bytes_);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "jax_vattention: a mapping was left behind: %s\n", error.what());
+  }
+}
+
+void Mapping::Unmap() {
+  memory_->Unmap(address_, bytes_);
+  memory_ = nullptr;
+}
+
+}  // namespace jax_vattention
