@@ -1,0 +1,46 @@
+"""What all tests share: the devices they run on, and small caches over strict memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+# Before jax starts: its own pool would leave the page pool little of a GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import pytest
+
+
+@functools.cache
+def _gpus() -> list[jax.Device]:
+    try:
+        return jax.devices("gpu")
+    except RuntimeError:
+        return []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if _gpus():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+@pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> jax.Device:
+    """One device for each memory backend: what is tested with it passes on both."""
+    return jax.devices("cpu")[0] if request.param == "host" else _gpus()[0]
+
+
+@pytest.fixture
+def page_bytes(device: jax.Device) -> int:
+    """The smallest page of the device's backend."""
+    return 4096 if device.platform == "cpu" else 2 * 1024 * 1024
+
+
+@pytest.fixture
+def strict(device: jax.Device) -> bool:
+    """The host backend faults on stray reads in tests; CUDA always does."""
+    return device.platform == "cpu"

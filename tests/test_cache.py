@@ -1,0 +1,290 @@
+"""KVCache: append writes where it should and nowhere else, and the view never leaves a program."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_vattention import KVCache, KVCacheManager, KVCacheSpec, errors
+
+LAYERS, HEADS = 3, 2
+
+
+def make(device, page_bytes, strict, *, head_dim=64, dtype=jnp.float32, num_slots=3, max_seq_len=2000, pages=10_000):
+    spec = KVCacheSpec(LAYERS, HEADS, head_dim, num_slots, max_seq_len, dtype, page_bytes)
+    return KVCacheManager(spec, pool_bytes=pages * page_bytes, device=device, strict=strict)
+
+
+def random_kv(spec, tokens, seed=0):
+    k, v = np.random.default_rng(seed).standard_normal((2, tokens, spec.num_kv_heads, spec.head_dim), np.float32)
+    return jnp.asarray(k, spec.dtype), jnp.asarray(v, spec.dtype)
+
+
+def ints(*values):
+    return jnp.asarray(values, jnp.int32)
+
+
+@jax.jit
+def append(cache, k, v, layer, slots, positions, mask=None):
+    return cache.append(k, v, layer=layer, slots=slots, positions=positions, mask=mask)
+
+
+@jax.jit
+def _token(view, slot, position):
+    return jax.lax.dynamic_slice(view, (slot, position, 0, 0, 0, 0), (1, 1, *view.shape[2:]))[0, 0]
+
+
+def read(cache, slot, position):
+    """One token, `[layers, 2, heads, head_dim]`, read through the view; nothing else is touched."""
+    return np.asarray(_token(cache.view, slot, position), np.float32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("head_dim", [1, 5, 64, 80, 128])
+def test_append_writes_one_layer_of_each_token(device, page_bytes, strict, dtype, head_dim):
+    with make(device, page_bytes, strict, head_dim=head_dim, dtype=dtype) as manager:
+        slots = [manager.allocate() for _ in range(3)]
+        lengths = dict(zip(slots, (1000, 7, 2000), strict=True))
+        cache = manager.step(lengths)
+        k, v = random_kv(manager.spec, 5)
+        where = [(0, 0), (2, 1999), (1, 6), (0, 999), (2, 0)]
+        done = append(cache, k, v, 1, ints(*(s for s, _ in where)), ints(*(p for _, p in where)))
+        manager.finish(done)
+        for token, (slot, position) in enumerate(where):
+            expected = np.zeros((LAYERS, 2, HEADS, head_dim), np.float32)
+            expected[1, 0], expected[1, 1] = np.asarray(k[token], np.float32), np.asarray(v[token], np.float32)
+            np.testing.assert_array_equal(read(cache, slot, position), expected)
+        del cache, done
+
+
+def test_k_and_v_may_come_as_one_array(device, page_bytes, strict):
+    with make(device, page_bytes, strict) as manager:
+        cache = manager.step({manager.allocate(): 4})
+        k, v = random_kv(manager.spec, 4)
+        joined = jnp.stack([k, v], axis=1)
+        done = append(cache, joined, None, 2, jnp.zeros(4, jnp.int32), ints(0, 1, 2, 3))
+        manager.finish(done)
+        for position in range(4):
+            np.testing.assert_array_equal(read(cache, 0, position)[2], np.asarray(joined[position]))
+        del cache, done
+
+
+def test_large_batches_are_written_by_several_threads(device, page_bytes, strict):
+    with make(device, page_bytes, strict, head_dim=128) as manager:
+        cache = manager.step({manager.allocate(): 2000})
+        k, v = random_kv(manager.spec, 2000)
+        positions = jnp.asarray(np.random.default_rng(1).permutation(2000), jnp.int32)
+        done = append(cache, k, v, 0, jnp.zeros(2000, jnp.int32), positions)
+        manager.finish(done)
+        for token in range(0, 2000, 97):
+            np.testing.assert_array_equal(read(cache, 0, int(positions[token]))[0, 0], np.asarray(k[token]))
+            np.testing.assert_array_equal(read(cache, 0, int(positions[token]))[0, 1], np.asarray(v[token]))
+        del cache, done
+
+
+def test_masked_tokens_are_not_written(device, page_bytes, strict):
+    with make(device, page_bytes, strict) as manager:
+        cache = manager.step({manager.allocate(): 4})
+        k, v = random_kv(manager.spec, 3)
+        # A masked token may name any place, even one that does not exist.
+        done = append(cache, k, v, 0, ints(0, 0, 99), ints(0, 1, 5), jnp.array([True, False, False]))
+        manager.finish(done)
+        assert read(cache, 0, 0).any()
+        assert not read(cache, 0, 1).any()
+        del cache, done
+
+
+@pytest.mark.parametrize(("slot", "position"), [(0, 10**6), (0, -1), (1, 0), (-1, 0), (3, 0), (2**31 - 1, 2**31 - 1)])
+def test_writes_without_memory_are_dropped_and_reported(device, page_bytes, strict, slot, position):
+    with make(device, page_bytes, strict) as manager:
+        cache = manager.step({manager.allocate(): 4})
+        mapped = int(cache.mapped_lens[0]) if slot == 0 else 0
+        k, v = random_kv(manager.spec, 2)
+        done = append(cache, k, v, 0, ints(0, slot), ints(3, position))
+        with pytest.raises(errors.DroppedWriteError, match=rf"slot {slot}, position {position}, where {mapped} ") as caught:
+            manager.finish(done)
+        error = caught.value
+        assert (error.count, error.slot, error.position, error.mapped_len) == (1, slot, position, mapped)
+        # The other token was written, and the manager goes on.
+        np.testing.assert_array_equal(read(cache, 0, 3)[0, 0], np.asarray(k[0]))
+        cache = manager.step({0: 8})
+        done = append(cache, k, v, 0, ints(0, 0), ints(4, 5))
+        manager.finish(done)
+        del cache, done
+
+
+def test_the_mapped_length_is_the_limit(device, page_bytes, strict):
+    with make(device, page_bytes, strict) as manager:
+        cache = manager.step({manager.allocate(): 5})
+        limit = int(cache.mapped_lens[0])
+        assert limit == min(manager.spec.pages_for(5) * page_bytes // manager.spec.token_bytes, 2000) >= 5
+        k, v = random_kv(manager.spec, 1)
+        done = append(cache, k, v, 0, ints(0), ints(limit - 1))
+        manager.finish(done)
+        if limit < 2000:
+            done = append(manager.step({}), k, v, 0, ints(0), ints(limit))
+            with pytest.raises(errors.DroppedWriteError, match=rf"position {limit}, where {limit} tokens"):
+                manager.finish(done)
+        del cache, done
+
+
+def test_the_first_of_many_dropped_writes_is_named(device, page_bytes, strict):
+    with make(device, page_bytes, strict) as manager:
+        cache = manager.step({manager.allocate(): 1})
+        k, v = random_kv(manager.spec, 4)
+
+        @jax.jit
+        def twice(cache):
+            cache = cache.append(k, v, layer=0, slots=ints(1, 1, 1, 1), positions=ints(7, 7, 7, 7))
+            return cache.append(k, v, layer=1, slots=ints(2, 2, 2, 2), positions=ints(8, 8, 8, 8))
+
+        with pytest.raises(errors.DroppedWriteError, match=r"^8 write\(s\) were dropped; the first to slot 1, position 7"):
+            manager.finish(twice(cache))
+        del cache
+
+
+@pytest.mark.parametrize("layer", [-1, LAYERS])
+def test_a_layer_that_does_not_exist(device, page_bytes, strict, layer):
+    with make(device, page_bytes, strict) as manager:
+        cache = manager.step({manager.allocate(): 4})
+        k, v = random_kv(manager.spec, 1)
+        with pytest.raises(ValueError, match=f"layer: expected 0 to 2, got {layer}"):
+            cache.append(k, v, layer=layer, slots=ints(0), positions=ints(0))
+        # As an operand it is known on the device alone.
+        with pytest.raises(errors.DroppedWriteError):
+            manager.finish(append(cache, k, v, layer, ints(0), ints(0)))
+        del cache
+
+
+def test_shapes_and_dtypes_are_checked(device, page_bytes, strict):
+    with make(device, page_bytes, strict) as manager:
+        cache = manager.step({manager.allocate(): 4})
+        k, v = random_kv(manager.spec, 2)
+        good = {"layer": 0, "slots": ints(0, 0), "positions": ints(0, 1)}
+        bad = [
+            (ValueError, r"k: expected shape \(2, 2, 64\), got \(2, 2, 32\)", (k[..., :32], v), {}),
+            (ValueError, r"v: expected shape \(2, 2, 64\), got \(1, 2, 64\)", (k, v[:1]), {}),
+            (ValueError, r"k \(with K and V, as v is None\): expected shape \(2, 2, 2, 64\)", (k,), {}),
+            (ValueError, r"k: expected shape \(0, 2, 64\), got \(\)", (jnp.float32(1), v), {}),
+            (TypeError, r"k: expected dtype float32, got float16; convert it", (k.astype(jnp.float16), v), {}),
+            (ValueError, r"slots: expected shape \(2,\), got \(3,\)", (k, v), {"slots": ints(0, 0, 0)}),
+            (TypeError, r"positions: expected dtype int32", (k, v), {"positions": jnp.zeros(2)}),
+            (TypeError, r"mask: expected dtype bool", (k, v), {"mask": ints(1, 1)}),
+        ]
+        for error, message, arguments, changed in bad:
+            with pytest.raises(error, match=message):
+                cache.append(*arguments, **{**good, **changed})
+        del cache
+
+
+def one(cache, i):
+    k = jnp.full((1, HEADS, 64), i + 1, jnp.float32)
+    return cache.append(k, -k, layer=0, slots=jnp.zeros(1, jnp.int32), positions=jnp.reshape(i, 1).astype(jnp.int32))
+
+
+def straight(cache):
+    return one(one(cache, 0), 1)
+
+
+def scan(cache):
+    return jax.lax.scan(lambda cache, i: (one(cache, i), None), cache, jnp.arange(2))[0]
+
+
+def while_loop(cache):
+    return jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, one(c[1], c[0])), (0, cache))[1]
+
+
+def cond(cache):
+    cache = jax.lax.cond(cache.mapped_lens[0] > 0, lambda c: one(c, 0), lambda c: c, cache)
+    return jax.lax.cond(cache.mapped_lens[0] < 0, lambda c: c, lambda c: one(c, 1), cache)
+
+
+def nested_jit(cache):
+    return jax.jit(straight)(cache)
+
+
+@pytest.mark.parametrize("program", [straight, scan, while_loop, cond, nested_jit])
+def test_a_cache_goes_through_every_kind_of_program(device, page_bytes, strict, program):
+    with make(device, page_bytes, strict) as manager:
+        cache = manager.step({manager.allocate(): 2})
+        done = jax.jit(program)(cache)
+        manager.finish(done)
+        for position in range(2):
+            assert (read(cache, 0, position)[0, 0] == position + 1).all()
+            assert (read(cache, 0, position)[0, 1] == -position - 1).all()
+        del cache, done
+
+
+def _memory_of(program, max_seq_len):
+    spec = KVCacheSpec(LAYERS, HEADS, 64, 4, max_seq_len, jnp.float32, 4096)
+    manager = KVCacheManager(spec, pool_bytes=1 << 20, device=jax.devices("cpu")[0])
+    return jax.jit(program).lower(manager.step({})).compile(), spec
+
+
+@pytest.mark.parametrize("program", [straight, scan, while_loop, cond, nested_jit])
+def test_no_program_copies_the_view(program):
+    small, _ = _memory_of(program, 1000)
+    large, spec = _memory_of(program, 100_000)
+    for name in ("temp_size_in_bytes", "output_size_in_bytes"):
+        assert getattr(small.memory_analysis(), name) == getattr(large.memory_analysis(), name) < 10_000
+    shape = ",".join(map(str, spec.view_shape))
+    made = [line for line in large.as_text().splitlines() if f"f32[{shape}]" in line.split("=", 1)[-1].split("(")[0]]
+    for line in made:
+        assert any(f" {op}(" in line for op in ("parameter", "get-tuple-element", "tuple", "while", "conditional")), line
+
+
+def test_the_view_does_not_leave_a_program(device, page_bytes, strict):
+    with make(device, page_bytes, strict) as manager:
+        cache = manager.step({manager.allocate(): 2})
+        done = jax.jit(straight)(cache)
+        with pytest.raises(ValueError, match="came out of a program"):
+            _ = done.view
+        with pytest.raises(ValueError, match="came out of a program"):
+            jax.jit(straight)(done)
+        # Outside of jit a loop would have to return the view: it is refused before anything runs.
+        with pytest.raises(TypeError, match="same pytree structure"):
+            scan(cache)
+        manager.finish(done)
+        del cache, done
+
+
+def test_tracing_leaks_nothing(device, page_bytes, strict):
+    with make(device, page_bytes, strict) as manager:
+        cache = manager.step({manager.allocate(): 2})
+        with jax.checking_leaks():
+            manager.finish(jax.jit(while_loop)(cache))
+        del cache
+
+
+def test_printing_a_cache_does_not_touch_its_memory(device, page_bytes, strict):
+    with make(device, page_bytes, strict) as manager:
+        cache = manager.step({})
+        assert repr(cache) == f"KVCache(view_shape={manager.spec.view_shape}, dtype=float32)"
+        leaves, structure = jax.tree.flatten(cache)
+        assert isinstance(jax.tree.unflatten(structure, leaves), KVCache)
+        del cache, leaves
+
+
+def test_more_than_2_to_the_31_elements_and_the_far_end(device, page_bytes, strict):
+    spec = KVCacheSpec(32, 8, 128, 64, 131_072, jnp.bfloat16, page_bytes)
+    assert np.prod(spec.view_shape, dtype=np.int64) > 2**31
+    with KVCacheManager(spec, pool_bytes=spec.pages_for(spec.max_seq_len) * page_bytes, device=device, strict=strict) as manager:
+        for _ in range(64):
+            last = manager.allocate()
+        tokens = 40
+        # Only the tail of the last slot is mapped, through the buffer itself: a whole slot is 16 GiB.
+        pages = spec.pages_for(tokens)
+        manager._buffer.map([(64 * spec.slot_pages - pages, pages)])
+        cache = manager.step({})
+        everything = jax.device_put(np.full(64, 131_072, np.int32), device)
+        cache = KVCache(cache.view, everything, cache.order, spec)
+        k, v = random_kv(spec, 2)
+        positions = ints(spec.slot_tokens - 1, spec.slot_tokens - tokens)
+        done = append(cache, k, v, 31, ints(last, last), positions)
+        manager.finish(done)
+        for token in range(2):
+            expected = np.asarray(k[token], np.float32)
+            np.testing.assert_array_equal(read(cache, last, int(positions[token]))[31, 0], expected)
+        del cache, done
