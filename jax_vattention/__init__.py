@@ -3,6 +3,7 @@
 from jax_vattention.attention import attention as attention
 from jax_vattention.batch import RaggedBatch as RaggedBatch
 from jax_vattention.batch import TokenIndex as TokenIndex
+from jax_vattention.cache import GPU_COMPILER_OPTIONS as GPU_COMPILER_OPTIONS
 from jax_vattention.cache import KVCache as KVCache
 from jax_vattention.manager import CacheStats as CacheStats
 from jax_vattention.manager import KVCacheManager as KVCacheManager

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_vattention import ffi
 from jax_vattention.spec import KVCacheSpec
+
+GPU_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+"""For `jax.jit(compiler_options=)` of every GPU program that takes a cache. XLA counts the view's virtual size as
+device memory; where that is more than there is, its rematerialisation pass computes things twice to make room."""
 
 
 class _Traced:
@@ -89,7 +94,8 @@ class KVCache:
         """The inverse of `tree_flatten_with_keys`."""
         spec, traced = structure
         if traced is None:
-            return cls(*leaves, spec)
+            view, mapped_lens, order = leaves
+            return cls(view, mapped_lens, order, spec)
         mapped_lens, order = leaves
         left_program = isinstance(order, jax.Array) and not isinstance(order, jax.core.Tracer)
         return cls(None if left_program else traced.get(), mapped_lens, order, spec)
@@ -157,7 +163,7 @@ class KVCache:
             _check("v", v, (tokens, *heads), spec.dtype)
 
 
-def _check(name: str, array: jax.Array, shape: tuple[int, ...], dtype: object) -> None:
+def _check(name: str, array: jax.Array, shape: tuple[int, ...], dtype: Any) -> None:
     """Raises unless `array` has this shape and dtype."""
     if array.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")

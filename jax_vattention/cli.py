@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jax-vattention", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    generate = commands.add_parser("generate", help="continue prompts", description="Continues prompts, all in one batch.")
+    generate = commands.add_parser(
+        "generate", help="continue prompts", description="Continues prompts, all in one batch."
+    )
     generate.set_defaults(run=_generate)
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
     generate.add_argument(
@@ -55,10 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
     generate.add_argument("--dtype", choices=_DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
-    generate.add_argument("--raw", action="store_true", help="give the model the prompt as it is, without chat template")
+    generate.add_argument(
+        "--raw", action="store_true", help="give the model the prompt as it is, without chat template"
+    )
     generate.add_argument("--json", action="store_true", help="print one JSON object a prompt, and nothing else")
 
-    info = commands.add_parser("info", help="print versions, devices and memory", description="What there is to run on.")
+    info = commands.add_parser(
+        "info", help="print versions, devices and memory", description="What there is to run on."
+    )
     info.set_defaults(run=_info)
     return parser
 
@@ -231,7 +237,9 @@ def _info(arguments: argparse.Namespace) -> int:
     from jax_vattention.memory import open_memory
 
     print(f"jax_vattention {jax_vattention.__version__}")
-    print(f"python {sys.version.split()[0]}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, flax {flax.__version__}")
+    print(
+        f"python {sys.version.split()[0]}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, flax {flax.__version__}"
+    )
     for device in jax.local_devices():
         print(f"device {device.id}: {device.device_kind} ({device.platform}, {device.client.platform_version.strip()})")
         try:

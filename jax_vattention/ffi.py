@@ -61,7 +61,8 @@ def load_kernels(ordinal: int) -> None:
       DriverUnavailableError: cuda-python is not installed.
       DriverError: compiling or loading failed.
     """
-    _native.load_append_kernel(ordinal, _compile(resources.files(__package__).joinpath("append.cu").read_text(), ordinal))
+    source = resources.files("jax_vattention").joinpath("append.cu").read_text()
+    _native.load_append_kernel(ordinal, _compile(source, ordinal))
 
 
 def _compile(source: str, ordinal: int) -> bytes:

@@ -218,7 +218,8 @@ class KVCacheManager:
         if self._buffer.views:
             self._view = self._buffer.view(self.spec.view_shape, self.spec.dtype)
             raise ClosedError(
-                f"{self._buffer.views - 1} view(s) of the cache are alive: drop every KVCache (del cache) before closing"
+                f"{self._buffer.views - 1} view(s) of the cache are alive: drop every KVCache (del cache) before "
+                "closing"
             )
         del self._buffer
 

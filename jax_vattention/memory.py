@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_vattention import _native
-from jax_vattention.errors import DriverError, DriverUnavailableError
+from jax_vattention.errors import DriverUnavailableError
 
 PageRanges = Sequence[tuple[int, int]]
 """Ranges of pages `(first, count)`, counted from the start of a buffer."""
@@ -142,6 +142,3 @@ def pool_pages(
             "give it more, or choose smaller pages"
         )
     return min(pool_bytes // page_bytes, most_pages)
-
-
-__all__ = ["DriverError", "PageRanges", "PagedBuffer", "open_memory", "pool_pages"]

@@ -74,7 +74,9 @@ def test_unmapped_pages_return_to_the_pool(buffer):
     assert (buffer.mapped_pages, buffer.free_pages, buffer.created_pages) == (8, 0, 8)
 
 
-@pytest.mark.parametrize("ranges", [[(-1, 1)], [(0, 0)], [(PAGES, 1)], [(PAGES - 1, 2)], [(2**62, 2**62)], [(0, 2), (1, 1)]])
+@pytest.mark.parametrize(
+    "ranges", [[(-1, 1)], [(0, 0)], [(PAGES, 1)], [(PAGES - 1, 2)], [(2**62, 2**62)], [(0, 2), (1, 1)]]
+)
 def test_bad_ranges_change_nothing(buffer, ranges):
     with pytest.raises(ValueError, match=r"outside a buffer|named twice"):
         buffer.map(ranges)
@@ -94,7 +96,7 @@ def test_mapping_twice_and_unmapping_what_is_not_mapped(buffer):
 
 def test_a_full_pool_changes_nothing(buffer):
     buffer.map([(0, 5)])
-    with pytest.raises(errors.OutOfPagesError, match="needed 4 pages of .* 3 of 8 are free"):
+    with pytest.raises(errors.OutOfPagesError, match=r"needed 4 pages of .* 3 of 8 are free"):
         buffer.map([(6, 4)])
     assert (buffer.mapped_pages, buffer.free_pages) == (5, 3)
     buffer.map([(6, 3)])
@@ -129,7 +131,7 @@ def test_a_failure_at_any_call_of_unmap_changes_nothing(buffer, memory, page_byt
     buffer.map([(0, 4)])
     for failures in range(4):
         memory.inject_failure(failures, False)
-        with pytest.raises(errors.DriverError, match="unmapping .* bytes at 0x"):
+        with pytest.raises(errors.DriverError, match=r"unmapping .* bytes at 0x"):
             buffer.unmap([(0, 4)])
         assert (buffer.mapped_pages, buffer.free_pages) == (4, 4)
         assert [page_sum(view, page) for page in range(4)] == [0] * 4
