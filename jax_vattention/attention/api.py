@@ -1,0 +1,167 @@
+"""`attention`: checks the arguments and picks an implementation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_vattention.batch import RaggedBatch
+
+if TYPE_CHECKING:
+    from jax_vattention.cache import KVCache
+
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Implementation:
+    """Where an implementation lives and the platforms that it can be lowered for; `None` stands for all."""
+
+    module: str
+    platforms: tuple[str, ...] | None
+
+    def load(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        """`run(q, view, order, layer, batch, *, scale) -> (out, order)`; imported when first asked for."""
+        return importlib.import_module(f".{self.module}", __package__).run
+
+
+_IMPLEMENTATIONS = {
+    "triton": _Implementation("pallas_triton", ("cuda",)),
+    "reference": _Implementation("reference", None),
+}
+
+
+def implementations() -> tuple[str, ...]:
+    """Names that `attention(implementation=)` takes, in the order in which `None` tries them."""
+    return tuple(_IMPLEMENTATIONS)
+
+
+def attention(
+    q: jax.Array,
+    cache: KVCache,
+    *,
+    layer: int | jax.Array,
+    batch: RaggedBatch,
+    scale: float | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """Causal attention of this step's queries over the cached K and V of their requests.
+
+    K and V of this step's tokens must have been appended before. A query of position `p` sees keys `0..p`.
+    Nothing at or past a request's `kv_lens` is ever addressed, and nothing at all for a request without
+    queries: memory there may not be mapped.
+
+    Args:
+      q: `[tokens, num_q_heads, head_dim]`; query heads `h * group .. (h + 1) * group - 1` use KV head `h`.
+      cache: what to read. Its order token makes the read happen after the append that returned it.
+      layer: which layer's K and V; an int, or an int32 scalar when layers share one traced program.
+      batch: which tokens belong to which request.
+      scale: factor of the scores; `head_dim ** -0.5` if not given.
+      implementation: a name, or names of which the first is used that serves the platform that the program is
+        lowered for; `None` tries all (`implementations()`).
+
+    Returns:
+      The result, shape and dtype of `q` (0 in rows of padding tokens), and the cache with the order token that
+      the next append has to take, so that it cannot overwrite what this read still needs.
+
+    Raises:
+      ValueError, TypeError: an argument does not fit the cache.
+    """
+    _check_query(q, cache)
+    _check_batch(batch)
+    layer = _checked_layer(layer, cache.spec.num_layers)
+    names = _checked_names(implementation)
+    scale = cache.spec.head_dim**-0.5 if scale is None else _checked_scale(scale)
+    if q.shape[0] == 0 or batch.num_requests == 0:
+        return jnp.zeros_like(q), cache
+    out, order = _dispatch(q, cache.view, cache.order, layer, batch, scale=scale, names=names)
+    return out, cache.with_order(order)
+
+
+# A jit of its own: the platform is resolved when the program is lowered, also for eager calls, and the kernels
+# are traced once per shape and not once per layer.
+@functools.partial(jax.jit, static_argnames=("scale", "names"))
+def _dispatch(q, view, order, layer, batch, *, scale: float, names: tuple[str, ...]):
+    default, per_platform = _branches(names)
+    branches = {name: functools.partial(found.load(), scale=scale) for name, found in per_platform.items()}
+    otherwise = None if default is None else functools.partial(default.load(), scale=scale)
+    if otherwise is not None and not branches:
+        return otherwise(q, view, order, layer, batch)
+    return lax.platform_dependent(q, view, order, layer, batch, **branches, default=otherwise)
+
+
+def _branches(names: tuple[str, ...]) -> tuple[_Implementation | None, dict[str, _Implementation]]:
+    """The implementation for platforms not named, if any, and the one for each platform that is named."""
+    per_platform: dict[str, _Implementation] = {}
+    for name in names:
+        found = _IMPLEMENTATIONS[name]
+        if found.platforms is None:
+            return found, per_platform
+        for platform in found.platforms:
+            per_platform.setdefault(platform, found)
+    return None, per_platform
+
+
+def _checked_names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
+    if implementation is None:
+        return implementations()
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    if not names:
+        raise ValueError("attention: implementation is an empty sequence; name one or pass None")
+    for name in names:
+        if name not in _IMPLEMENTATIONS:
+            raise ValueError(f"attention: expected an implementation of {', '.join(_IMPLEMENTATIONS)}, got {name!r}")
+    return names
+
+
+def _checked_scale(scale: float) -> float:
+    if isinstance(scale, jax.core.Tracer):
+        raise TypeError("attention: scale must be a Python number, not a traced value; multiply q by it instead")
+    return float(scale)
+
+
+def _checked_layer(layer: int | jax.Array, num_layers: int) -> jax.Array:
+    """`layer` as an int32 scalar; its range is checked where its value is known."""
+    if np.shape(layer) != () or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
+        raise TypeError(f"attention: layer must be an int or an int32 scalar, got {layer!r}")
+    if not isinstance(layer, jax.core.Tracer) and not 0 <= int(layer) < num_layers:
+        raise ValueError(f"attention: layer {int(layer)} is not one of the cache's {num_layers} layers")
+    return jnp.asarray(layer, jnp.int32)
+
+
+def _check_query(q: jax.Array, cache: KVCache) -> None:
+    spec = cache.spec
+    if q.ndim != 3:
+        raise ValueError(f"attention: q must be [tokens, num_q_heads, head_dim], got shape {q.shape}")
+    if q.shape[2] != spec.head_dim:
+        raise ValueError(f"attention: q has head_dim {q.shape[2]}, the cache has {spec.head_dim}")
+    if q.shape[1] == 0 or q.shape[1] % spec.num_kv_heads:
+        raise ValueError(
+            f"attention: q has {q.shape[1]} heads, which is not a multiple of the cache's {spec.num_kv_heads} KV heads"
+        )
+    if jnp.dtype(q.dtype).name not in _DTYPES:
+        raise TypeError(f"attention: q must be one of {', '.join(_DTYPES)}, got {jnp.dtype(q.dtype).name}")
+    if cache.view.shape != spec.view_shape or cache.view.dtype != spec.dtype:
+        raise ValueError(
+            f"attention: the cache's view is {cache.view.dtype}{list(cache.view.shape)}, "
+            f"its spec says {spec.dtype}{list(spec.view_shape)}; pass the cache that the manager returned"
+        )
+
+
+def _check_batch(batch: RaggedBatch) -> None:
+    for name in ("slots", "q_starts", "q_lens", "kv_lens"):
+        array = getattr(batch, name)
+        if array.shape != (batch.num_requests,) or array.dtype != jnp.int32:
+            raise ValueError(
+                f"attention: batch.{name} must be int32[{batch.num_requests}], got {array.dtype}{list(array.shape)}"
+            )
+    if batch.max_q_len < 1:
+        raise ValueError(f"attention: batch.max_q_len must be at least 1, got {batch.max_q_len}")

@@ -1,0 +1,168 @@
+"""Attention in plain JAX: for any platform, and the default on a CPU.
+
+Blockwise attention with an online softmax (Milakov and Gimelshein, arXiv 1805.02867; Rabe and Staats,
+arXiv 2112.05682), in float32. Temporary memory is a few tiles: it depends on no length and on no size of the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_vattention.batch import RaggedBatch
+
+_BLOCK_Q = 64
+"""Queries of a tile."""
+
+_BLOCK_K = 64
+"""Keys of a tile. Shorter tiles cost loop overhead; longer ones cost requests shorter than a tile, read whole."""
+
+_MAX_MERGED_KV_HEADS = 4
+"""Decode with up to this many KV heads multiplies all heads at once (see `_merged_scores`)."""
+
+
+class _Softmax(NamedTuple):
+    """State of an online softmax."""
+
+    maximum: jax.Array  # [num_kv_heads, group, block_q] largest score so far
+    total: jax.Array  # [num_kv_heads, group, block_q] sum of exp(score - maximum)
+    acc: jax.Array  # [num_kv_heads, group, block_q, head_dim] sum of exp(score - maximum) * V
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    """The keys and values of one request in one layer, read tile by tile."""
+
+    view: jax.Array  # [num_slots, slot_tokens, num_layers, 2, num_kv_heads, head_dim]
+    slot: jax.Array  # int32
+    layer: jax.Array  # int32
+    kv_len: jax.Array  # int32
+
+    @property
+    def block_k(self) -> int:
+        """Keys of a tile."""
+        return min(_BLOCK_K, self.view.shape[1])
+
+    def tile(self, block: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """K and V `[block_k, num_kv_heads, head_dim]` in float32 and the positions of keys that count `[block_k]`.
+
+        A position that does not count is `kv_len` or more. Only tokens before `kv_len` are read: the last tile moves
+        back until it ends at `kv_len`, and a request shorter than a tile repeats its last token.
+        """
+        first = block * self.block_k
+        start = jnp.minimum(first, self.kv_len - self.block_k)
+        offsets = jnp.arange(self.block_k, dtype=jnp.int32)
+        k, v = lax.cond(self.kv_len >= self.block_k, self._slices, self._rows, start, first + offsets)
+        positions = jnp.where(start >= 0, start, 0) + offsets
+        return k, v, jnp.where(positions >= first, positions, self.kv_len)
+
+    def _slices(self, start, positions):
+        del positions
+        size = (1, self.block_k, 1, 1, *self.view.shape[4:])
+        first = [self.slot, start, self.layer, 0, 0, 0]
+        k = lax.dynamic_slice(self.view, first, size)
+        v = lax.dynamic_slice(self.view, [*first[:3], 1, 0, 0], size)
+        return tuple(x.reshape(self.block_k, *self.view.shape[4:]).astype(jnp.float32) for x in (k, v))
+
+    def _rows(self, start, positions):
+        del start
+        mapped = jnp.minimum(positions, self.kv_len - 1)
+        rows = self.view.at[self.slot, mapped, self.layer].get(mode="promise_in_bounds")
+        return rows[:, 0].astype(jnp.float32), rows[:, 1].astype(jnp.float32)
+
+
+def run(
+    q: jax.Array, view: jax.Array, order: jax.Array, layer: jax.Array, batch: RaggedBatch, *, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """See `attention`; works on the arrays of the cache and returns `(out, order)`."""
+    tokens, num_q_heads, head_dim = q.shape
+    num_kv_heads = view.shape[4]
+    block_q = min(_BLOCK_Q, batch.max_q_len, tokens)
+    grouped = q.reshape(tokens, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
+    # A tile behind the last token: dynamic_slice would otherwise move a tile that reaches past the end.
+    grouped = jnp.pad(grouped, ((0, block_q), (0, 0), (0, 0), (0, 0)))
+    # order[0] counts dropped writes, which XLA cannot know to be >= 0: every address depends on the last append.
+    slots = batch.slots + jnp.minimum(order[0], 0)
+
+    def request(r, carry):
+        keys = _Keys(view, slots[r], layer, batch.kv_lens[r])
+        q_start, q_len = batch.q_starts[r], batch.q_lens[r]
+
+        def tile(i, carry):
+            out, negatives = carry
+            at = q_start + i * block_q
+            rows = jnp.arange(block_q, dtype=jnp.int32) + i * block_q
+            q_tile = lax.dynamic_slice_in_dim(grouped, at, block_q).astype(jnp.float32) * scale
+            positions = keys.kv_len - q_len + jnp.minimum(rows, q_len - 1)
+            state = _attend(q_tile, keys, positions)
+            old = lax.dynamic_slice_in_dim(out, at, block_q)
+            new = jnp.moveaxis(state.acc / state.total[..., None], 2, 0).astype(q.dtype)
+            new = jnp.where((rows < q_len)[:, None, None, None], new, old)
+            out = lax.dynamic_update_slice_in_dim(out, new, at, 0)
+            return out, negatives + jnp.any(state.total < 0).astype(jnp.int32)
+
+        return lax.fori_loop(0, (q_len + block_q - 1) // block_q, tile, carry)
+
+    init = (jnp.zeros_like(grouped), jnp.zeros((), jnp.int32))
+    out, negatives = lax.fori_loop(0, batch.num_requests, request, init)
+    # A sum of exponentials is never negative, so 0 is added, but only the finished read can tell: the next append
+    # waits for it. (A loop counter would not do: XLA knows its final value.)
+    return out[:tokens].reshape(q.shape), order + negatives
+
+
+def _attend(q: jax.Array, keys: _Keys, positions: jax.Array) -> _Softmax:
+    """`q` float32 `[block_q, num_kv_heads, group, head_dim]`, scaled; `positions` int32 `[block_q]`, ascending."""
+    block_q, num_kv_heads, group, head_dim = q.shape
+    merged = block_q == 1 and num_kv_heads <= _MAX_MERGED_KV_HEADS
+    score, weigh = (_merged_scores, _merged_sum) if merged else (_scores, _weighted_sum)
+
+    def step(block, state: _Softmax) -> _Softmax:
+        k, v, key_positions = keys.tile(block)
+        visible = key_positions[None, :] <= positions[:, None]
+        scores = jnp.where(visible, score(q, k), -jnp.inf)
+        maximum = jnp.maximum(state.maximum, scores.max(-1))
+        weights = jnp.exp(scores - maximum[..., None])
+        shrink = jnp.exp(state.maximum - maximum)
+        total = state.total * shrink + weights.sum(-1)
+        return _Softmax(maximum, total, state.acc * shrink[..., None] + weigh(weights, v))
+
+    shape = (num_kv_heads, group, block_q)
+    init = _Softmax(jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+    # Key 0 is in the first tile and every query sees it: no maximum stays -inf.
+    return lax.fori_loop(0, positions[-1] // keys.block_k + 1, step, init)
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """`[num_kv_heads, group, block_q, block_k]`."""
+    return jnp.einsum("qhgd,khd->hgqk", q, k, precision=lax.Precision.HIGHEST)
+
+
+def _weighted_sum(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """`[num_kv_heads, group, block_q, head_dim]`."""
+    return jnp.einsum("hgqk,khd->hgqd", weights, v, precision=lax.Precision.HIGHEST)
+
+
+def _merged_scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """`_scores` for one query as one matrix product: each head's query is 0 in the columns of other heads.
+
+    XLA's CPU backend would transpose every K tile for a product per head, which takes longer than the
+    needless multiplications with 0.
+    """
+    _, heads, group, dim = q.shape
+    same_head = jnp.eye(heads, dtype=bool)[:, None, :, None]
+    spread = jnp.where(same_head, q[0][:, :, None, :], 0).reshape(heads * group, heads * dim)
+    scores = jnp.matmul(spread, k.reshape(-1, heads * dim).T, precision=lax.Precision.HIGHEST)
+    return scores.reshape(heads, group, 1, -1)
+
+
+def _merged_sum(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """`_weighted_sum` for one query as one matrix product, of which each head keeps its own columns."""
+    heads, group, _, block_k = weights.shape
+    flat = jnp.matmul(
+        weights.reshape(heads * group, block_k), v.reshape(block_k, -1), precision=lax.Precision.HIGHEST
+    ).reshape(heads, group, heads, -1)
+    return jnp.stack([flat[h, :, h] for h in range(heads)])[:, :, None, :]

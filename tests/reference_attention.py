@@ -1,0 +1,27 @@
+"""Attention written down as its definition, in NumPy and float64: what every implementation is compared with."""
+
+import numpy as np
+
+
+def reference_attention(q, k, v, *, scale=None):
+    """One request.
+
+    Args:
+      q: `[q_len, num_q_heads, head_dim]`, the last `q_len` tokens of the request.
+      k: `[kv_len, num_kv_heads, head_dim]`.
+      v: `[kv_len, num_kv_heads, head_dim]`.
+      scale: `head_dim ** -0.5` if not given.
+
+    Returns:
+      float64 `[q_len, num_q_heads, head_dim]`.
+    """
+    q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
+    q_len, num_q_heads, head_dim = q.shape
+    kv_len, num_kv_heads, _ = k.shape
+    k, v = (np.repeat(x, num_q_heads // num_kv_heads, axis=1) for x in (k, v))
+    scores = np.einsum("qhd,khd->hqk", q, k) * (head_dim**-0.5 if scale is None else scale)
+    positions = kv_len - q_len + np.arange(q_len)
+    scores = np.where(np.arange(kv_len) <= positions[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("hqk,khd->qhd", weights, v)

@@ -1,0 +1,400 @@
+"""One suite for every implementation of attention, compared with `reference_attention` in float64.
+
+`reference` runs on the host backend in strict mode: reading a token that is not mapped ends the process. `triton`
+runs on a GPU, and without one in Pallas' interpreter over an ordinary array whose unused part is NaN. What is mapped
+behind a request's last token holds NaN everywhere.
+"""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compile_helpers import entry_dependencies
+from reference_attention import reference_attention
+
+from jax_vattention import KVCache, KVCacheManager, KVCacheSpec, RaggedBatch, attention
+from jax_vattention.attention import implementations
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+HOST_PAGE_BYTES = 4096
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
+every_implementation = pytest.mark.parametrize(
+    "implementation", ["reference", "triton-interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+)
+real_memory = pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=pytest.mark.gpu)])
+
+
+def device_for(implementation):
+    if implementation != "triton":
+        return jax.devices("cpu")[0]
+    try:
+        return jax.devices("cuda")[0]
+    except RuntimeError:
+        pytest.skip("no NVIDIA GPU")
+
+
+def make_spec(implementation, *, head_dim=64, kv_heads=2, num_slots=6, max_seq_len=700, dtype=jnp.float32, layers=2):
+    page_bytes = 2 << 20 if implementation == "triton" else HOST_PAGE_BYTES
+    return KVCacheSpec(layers, kv_heads, head_dim, num_slots, max_seq_len, dtype, page_bytes)
+
+
+def run_attention(implementation, q, cache, *, layer, batch, scale=None):
+    """`attention`, or the Triton kernel in Pallas' interpreter."""
+    if implementation != "triton-interpret":
+        return attention(q, cache, layer=layer, batch=batch, scale=scale, implementation=implementation)
+    pallas_triton = pytest.importorskip("jax_vattention.attention.pallas_triton")
+    scale = cache.spec.head_dim**-0.5 if scale is None else scale
+    layer = jnp.asarray(layer, jnp.int32)
+    out, order = pallas_triton.run(q, cache.view, cache.order, layer, batch, scale=scale, interpret=True)
+    return out, cache.with_order(order)
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "scale"))
+def program(q, cache, layer, batch, *, implementation, scale=None):
+    out, cache = run_attention(implementation, q, cache, layer=layer, batch=batch, scale=scale)
+    return out, cache.order
+
+
+@jax.jit
+def fill(cache, values, slot, count):
+    """Writes `values` `[tokens, layers, 2, heads, dim]` into a slot, and NaN into the rest of `count` mapped tokens."""
+    positions = jnp.arange(values.shape[0], dtype=jnp.int32)
+    for layer in range(cache.spec.num_layers):
+        kv = values[:, layer]
+        slots = jnp.full_like(positions, slot)
+        cache = cache.append(kv[:, 0], kv[:, 1], layer=layer, slots=slots, positions=positions, mask=positions < count)
+    return cache.order
+
+
+@contextlib.contextmanager
+def opened_manager(implementation, spec):
+    """A manager with every slot allocated; the test has to drop its caches before it ends."""
+    device = device_for(implementation)
+    options = {"strict": True} if device.platform == "cpu" else {}
+    pool = spec.page_bytes * (spec.num_slots * spec.pages_for(spec.max_seq_len) if device.platform == "cpu" else 64)
+    with jax.default_device(device), KVCacheManager(spec, pool_bytes=pool, device=device, **options) as manager:
+        yield manager
+
+
+def fill_manager(manager, contents):
+    """`contents`: slot -> K and V `[tokens, layers, 2, heads, dim]`."""
+    spec = manager.spec
+    while manager.stats().slots_live < spec.num_slots:
+        manager.allocate()
+    for slot, kv in contents.items():
+        cache = manager.step({slot: len(kv)})
+        # Garbage to the end of the last page; on a GPU pages are large: some tiles of it are enough.
+        count = min(int(cache.mapped_lens[slot]), len(kv) + 300)
+        values = np.full((spec.max_seq_len + 300, *kv.shape[1:]), np.nan, np.float32)
+        values[: len(kv)] = kv
+        manager.finish(fill(cache, jnp.asarray(values, spec.dtype), slot, count))
+
+
+def plain_cache(spec, contents):
+    """An ordinary array, NaN where nothing was written."""
+    view = np.full(spec.view_shape, np.nan, np.float32)
+    for slot, kv in contents.items():
+        view[slot, : len(kv)] = kv
+    lens = jnp.full(spec.num_slots, spec.max_seq_len, jnp.int32)
+    return KVCache(jnp.asarray(view, spec.dtype), lens, jnp.zeros(4, jnp.int32), spec)
+
+
+def random_kv(rng, spec, tokens):
+    shape = (tokens, spec.num_layers, 2, spec.num_kv_heads, spec.head_dim)
+    return np.asarray(jnp.asarray(rng.standard_normal(shape), spec.dtype), np.float32)
+
+
+def make_batch(slots, q_lens, kv_lens, max_q_len=None):
+    starts = np.concatenate([[0], np.cumsum(q_lens)[:-1]])
+    arrays = [jnp.asarray(x, jnp.int32) for x in (slots, starts, q_lens, kv_lens)]
+    return RaggedBatch(*arrays, max_q_len=max(q_lens) if max_q_len is None else max_q_len)
+
+
+def check(implementation, spec, q_heads, requests, *, tokens=None, max_q_len=None, scale=None, layers=(1,)):
+    """`requests`: (q_len, kv_len) each; kv_len 0 with q_len 0 is an idle row whose slot has nothing mapped."""
+    rng = np.random.default_rng(0)
+    q_lens, kv_lens = (list(x) for x in zip(*requests, strict=True))
+    slots = list(range(spec.num_slots))[::-1][: len(requests)]
+    contents = {slot: random_kv(rng, spec, length) for slot, length in zip(slots, kv_lens, strict=True) if length}
+    tokens = sum(q_lens) if tokens is None else tokens
+    q = jnp.asarray(rng.standard_normal((tokens, q_heads, spec.head_dim)), spec.dtype)
+    batch = make_batch(slots, q_lens, kv_lens, max_q_len)
+    with contextlib.ExitStack() as stack:
+        if implementation == "triton-interpret":
+            cache = plain_cache(spec, contents)
+        else:
+            manager = stack.enter_context(opened_manager(implementation, spec))
+            fill_manager(manager, contents)
+            cache = manager.step({slot: len(kv) for slot, kv in contents.items()})
+        for layer in layers:
+            out, order = program(q, cache, layer, batch, implementation=implementation, scale=scale)
+            assert out.shape == q.shape
+            assert out.dtype == q.dtype
+            np.testing.assert_array_equal(np.asarray(order), 0)
+            compare(np.asarray(out.astype(jnp.float32)), q, contents, slots, q_lens, layer, spec, scale)
+        del cache
+
+
+def compare(out, q, contents, slots, q_lens, layer, spec, scale):
+    start = 0
+    for slot, q_len in zip(slots, q_lens, strict=True):
+        if q_len:
+            kv = contents[slot][:, layer]
+            mine = slice(start, start + q_len)
+            expected = reference_attention(q[mine].astype(jnp.float32), kv[:, 0], kv[:, 1], scale=scale)
+            tolerance = TOLERANCE[spec.dtype.name]
+            np.testing.assert_allclose(out[mine], expected, atol=tolerance, rtol=tolerance)
+        start += q_len
+    np.testing.assert_array_equal(out[start:], 0)
+
+
+def boundary_lengths(spec):
+    """One below, at and one above the ends of tiles and pages."""
+    pages = {round(pages * spec.tokens_per_page) for pages in (1, 2, 60)}
+    ends = {16, 32, 64, 128, 256} | {end for end in pages if end < spec.max_seq_len}
+    return sorted({end + step for end in ends for step in (-1, 0, 1) if end + step > 0} | {1, spec.max_seq_len})
+
+
+@every_implementation
+def test_decode_at_boundaries(implementation):
+    spec = make_spec(implementation, max_seq_len=1100 if implementation == "triton" else 300)
+    lengths = boundary_lengths(spec)
+    for first in range(0, len(lengths), spec.num_slots):
+        some = lengths[first : first + spec.num_slots]
+        some += [1] * (spec.num_slots - len(some))
+        check(implementation, spec, 6, [(1, length) for length in some])
+
+
+@every_implementation
+def test_prefill_at_boundaries(implementation):
+    spec = make_spec(implementation, num_slots=3, max_seq_len=1100 if implementation == "triton" else 300)
+    lengths = boundary_lengths(spec)
+    for first in range(0, len(lengths), spec.num_slots):
+        some = lengths[first : first + spec.num_slots]
+        some += [1] * (spec.num_slots - len(some))
+        requests = [(length, length) for length in some]
+        check(implementation, spec, 6, requests, tokens=3 * spec.max_seq_len, max_q_len=spec.max_seq_len)
+
+
+@every_implementation
+@pytest.mark.parametrize("max_q_len", [200, 512])
+def test_prefill_chunks_decodes_and_idle_rows_mixed(implementation, max_q_len):
+    requests = [(1, 130), (0, 0), (65, 65), (1, 1), (190, 300), (0, 0)]
+    check(implementation, make_spec(implementation), 6, requests, tokens=300, max_q_len=max_q_len, layers=(0, 1))
+
+
+@every_implementation
+def test_decode_with_idle_rows_and_padding(implementation):
+    requests = [(0, 0), (1, 33), (0, 0), (1, 600), (0, 0), (0, 0)]
+    check(implementation, make_spec(implementation), 4, requests, tokens=9, max_q_len=1, layers=(0, 1))
+
+
+@every_implementation
+def test_nothing_is_read_when_all_rows_are_idle(implementation):
+    check(implementation, make_spec(implementation), 4, [(0, 0)] * 6, tokens=6, max_q_len=1)
+    check(implementation, make_spec(implementation), 4, [(0, 0)] * 6, tokens=40, max_q_len=8)
+
+
+@every_implementation
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("max_q_len", [1, 70], ids=["decode", "prefill"])
+def test_head_dims(implementation, head_dim, max_q_len):
+    spec = make_spec(implementation, head_dim=head_dim, num_slots=2, max_seq_len=200, layers=1)
+    check(implementation, spec, 4, [(max_q_len, 150), (1, 2)], layers=(0,))
+
+
+@every_implementation
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(1, 1), (3, 3), (9, 3), (8, 2), (8, 1), (40, 5), (96, 1)])
+@pytest.mark.parametrize("max_q_len", [1, 20], ids=["decode", "prefill"])
+def test_grouped_heads(implementation, q_heads, kv_heads, max_q_len):
+    spec = make_spec(implementation, head_dim=32, kv_heads=kv_heads, num_slots=2, max_seq_len=200, layers=1)
+    check(implementation, spec, q_heads, [(max_q_len, 150), (1, 2)], layers=(0,))
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("max_q_len", [1, 90], ids=["decode", "prefill"])
+def test_half_precision(implementation, dtype, max_q_len):
+    spec = make_spec(implementation, dtype=dtype, num_slots=2)
+    check(implementation, spec, 8, [(max_q_len, 400), (1, 77)])
+
+
+@every_implementation
+def test_scale_is_a_factor_of_the_scores(implementation):
+    check(implementation, make_spec(implementation), 4, [(1, 50), (1, 3)], scale=0.5)
+
+
+@every_implementation
+def test_chunks_equal_one_pass(implementation):
+    spec = make_spec(implementation, num_slots=1)
+    rng = np.random.default_rng(1)
+    kv = random_kv(rng, spec, 300)
+    q = jnp.asarray(rng.standard_normal((300, 4, spec.head_dim)), spec.dtype)
+    with contextlib.ExitStack() as stack:
+        if implementation == "triton-interpret":
+            cache = plain_cache(spec, {0: kv})
+        else:
+            manager = stack.enter_context(opened_manager(implementation, spec))
+            fill_manager(manager, {0: kv})
+            cache = manager.step({0: 300})
+
+        def run(cache, first, last):
+            batch = make_batch([0], [last - first], [last])
+            return np.asarray(program(q[first:last], cache, 0, batch, implementation=implementation)[0])
+
+        whole = run(cache, 0, 300)
+        parts = np.concatenate([run(cache, *chunk) for chunk in ((0, 127), (127, 256), (256, 300))])
+        del cache
+    np.testing.assert_allclose(parts, whole, atol=1e-5, rtol=1e-5)
+
+
+@real_memory
+def test_reads_and_writes_keep_their_order(implementation):
+    """Each read sees the append before it and not the one after it, though both are of the same token."""
+    spec = make_spec(implementation, num_slots=1, layers=1, max_seq_len=300)
+    rounds = 8
+
+    @jax.jit
+    def overwrite(q, cache, values, batch):
+        reads = []
+        index = batch.token_index(1)
+        for value in values:
+            new = jnp.full((1, spec.num_kv_heads, spec.head_dim), value)
+            cache = cache.append(new, new, layer=0, slots=index.slots, positions=index.positions)
+            out, cache = attention(q, cache, layer=0, batch=batch, implementation=implementation)
+            reads.append(out[0, 0, 0])
+        return jnp.stack(reads), cache.order
+
+    q = jnp.zeros((1, 4, spec.head_dim))
+    with opened_manager(implementation, spec) as manager:
+        fill_manager(manager, {0: np.zeros((250, 1, 2, spec.num_kv_heads, spec.head_dim), np.float32)})
+        cache = manager.step({0: 250})
+        values = jnp.arange(1, rounds + 1, dtype=jnp.float32) * 250
+        for _ in range(20):
+            reads, order = overwrite(q, cache, values, make_batch([0], [1], [250]))
+            np.testing.assert_allclose(np.asarray(reads), np.arange(1, rounds + 1), rtol=1e-5)
+            manager.finish(order)
+        del cache
+
+
+@pytest.mark.parametrize("max_q_len", [1, 64], ids=["decode", "prefill"])
+def test_order_is_a_data_dependency_of_the_compiled_program(max_q_len):
+    """order -> read -> order, in what the CPU's scheduler gets to see."""
+    spec = make_spec("reference")
+    view = jax.ShapeDtypeStruct(spec.view_shape, spec.dtype)
+    int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    cache = KVCache(view, int32((6,)), int32((4,)), spec)
+    rows = int32((6,))
+    batch = RaggedBatch(slots=rows, q_starts=rows, q_lens=rows, kv_lens=rows, max_q_len=max_q_len)
+    q = jax.ShapeDtypeStruct((64, 4, spec.head_dim), spec.dtype)
+
+    def read(order, q, cache, batch):
+        return attention(q, cache.with_order(order), layer=0, batch=batch, implementation="reference")[1].order
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        compiled = jax.jit(read).lower(int32((4,)), q, cache, batch).compile()
+    nodes = entry_dependencies(compiled)
+    token = next(name for name, (opcode, _) in nodes.items() if opcode == "parameter" and name.startswith("order"))
+    reads = [name for name, (opcode, before) in nodes.items() if opcode == "while" and token in before]
+    assert reads, "the read does not depend on the order token"
+    *_, result = nodes
+    assert nodes[result][1].intersection(reads), "the order token that is returned does not depend on the read"
+
+
+@real_memory
+def test_offsets_beyond_32_bits(implementation):
+    """The view has more than 2**32 elements, and the last slot is used."""
+    spec = make_spec(implementation, num_slots=4, max_seq_len=5_000_000, layers=2)
+    assert spec.view_bytes > 2**34
+    device = device_for(implementation)
+    options = {"strict": True} if device.platform == "cpu" else {}
+    rng = np.random.default_rng(2)
+    kv = random_kv(rng, spec, 200)
+    with (
+        jax.default_device(device),
+        KVCacheManager(spec, pool_bytes=spec.page_bytes * 400, device=device, **options) as manager,
+    ):
+        for _ in range(spec.num_slots):
+            manager.allocate()
+        cache = manager.step({3: 200})
+        manager.finish(fill(cache, jnp.asarray(kv, spec.dtype), 3, 200))
+        for q_len in (1, 30):
+            q = jnp.asarray(rng.standard_normal((q_len, 4, spec.head_dim)), spec.dtype)
+            out, order = program(q, cache, 1, make_batch([3], [q_len], [200]), implementation=implementation)
+            manager.finish(order)
+            expected = reference_attention(q, kv[:, 1, 0], kv[:, 1, 1])
+            np.testing.assert_allclose(np.asarray(out), expected, atol=2e-5, rtol=2e-5)
+        del cache
+
+
+@pytest.mark.parametrize("max_q_len", [1, 64], ids=["decode", "prefill"])
+def test_temporary_memory_does_not_grow_with_the_cache(max_q_len):
+    def temporary_bytes(max_seq_len):
+        spec = make_spec("reference", max_seq_len=max_seq_len, num_slots=4)
+        int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+        cache = KVCache(jax.ShapeDtypeStruct(spec.view_shape, spec.dtype), int32((4,)), int32((4,)), spec)
+        batch = RaggedBatch(*[int32((4,))] * 4, max_q_len=max_q_len)
+        q = jax.ShapeDtypeStruct((64, 4, spec.head_dim), spec.dtype)
+        with jax.default_device(jax.devices("cpu")[0]):
+            compiled = program.lower(q, cache, int32(()), batch, implementation="reference").compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(1024) == temporary_bytes(1 << 20)
+
+
+class TestArguments:
+    """What is refused, and how the implementation is chosen."""
+
+    spec = KVCacheSpec(2, 2, 64, 4, 256, jnp.float32, HOST_PAGE_BYTES)
+
+    def cache(self):
+        return plain_cache(self.spec, {0: np.ones((5, 2, 2, 2, 64), np.float32)})
+
+    def run(self, shape=(1, 4, 64), dtype=jnp.float32, **options):
+        options = {"layer": 0, "batch": make_batch([0], [1], [5]), **options}
+        return attention(jnp.ones(shape, dtype), self.cache(), **options)[0]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"shape": (4, 64)}, "tokens, num_q_heads, head_dim"),
+            ({"shape": (1, 4, 32)}, "head_dim 32, the cache has 64"),
+            ({"shape": (1, 3, 64)}, "3 heads, which is not a multiple of the cache's 2"),
+            ({"layer": 2}, "layer 2 is not one of the cache's 2 layers"),
+            ({"layer": -1}, "layer -1 is not one of"),
+            ({"implementation": "fast"}, "triton, reference, got 'fast'"),
+            ({"implementation": ()}, "empty sequence"),
+        ],
+    )
+    def test_values_that_do_not_fit(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            self.run(**options)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"dtype": jnp.int32}, "float32, float16, bfloat16, got int32"),
+            ({"layer": 1.0}, "layer must be an int or an int32 scalar"),
+        ],
+    )
+    def test_types_that_do_not_fit(self, options, message):
+        with pytest.raises(TypeError, match=message):
+            self.run(**options)
+
+    def test_first_implementation_for_the_platform_is_used(self):
+        assert implementations() == ("triton", "reference")
+        with jax.default_device(jax.devices("cpu")[0]):
+            chosen = [self.run(implementation=which) for which in (None, ("triton", "reference"), "reference")]
+        for out in chosen:
+            np.testing.assert_allclose(np.asarray(out), 1, rtol=1e-6)
+
+    def test_no_tokens(self):
+        assert self.run(shape=(0, 4, 64)).shape == (0, 4, 64)
+
+    def test_query_may_have_another_dtype_than_the_cache(self):
+        out = self.run(dtype=jnp.bfloat16)
+        assert out.dtype == jnp.bfloat16
