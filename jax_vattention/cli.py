@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _NUM_SLOTS = 64  # slots cost virtual memory only
 _MAX_BATCH = 16
 _PROGRESS_SECONDS = 1.0  # loads that take longer than this show a progress line
+_MOST_TOKENS = 2**31 - 1
+_MOST_SEED = 2**32 - 1
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -51,11 +53,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME|DIR|FILE",
         help="a known name, a Hugging Face folder with safetensors, or a GGUF file (default: %(default)s)",
     )
-    generate.add_argument("--max-tokens", type=int, default=128, metavar="N", help="per prompt (default: %(default)s)")
     generate.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)"
+        "--max-tokens", type=_positive, default=128, metavar="N", help="per prompt (default: %(default)s)"
     )
-    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
+    generate.add_argument(
+        "--temperature", type=_temperature, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)"
+    )
+    generate.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="of the first prompt; the next has the next one (default: 0)"
+    )
     generate.add_argument("--dtype", choices=_DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     generate.add_argument(
         "--raw", action="store_true", help="give the model the prompt as it is, without chat template"
@@ -69,6 +75,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _number(text: str, kind: type, expected: str, most: float, least: float) -> Any:
+    """A number of the command line; argparse names the argument in front of the message."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value
+
+
+def _positive(text: str) -> int:
+    return _number(text, int, "a positive integer", _MOST_TOKENS, 1)
+
+
+def _temperature(text: str) -> float:
+    return _number(text, float, "0 or a positive number", sys.float_info.max, 0)
+
+
+def _seed(text: str) -> int:
+    return _number(text, int, f"an integer from 0 to {_MOST_SEED}", _MOST_SEED, 0)
+
+
 def _generate(arguments: argparse.Namespace) -> int:
     import jax
 
@@ -78,8 +107,13 @@ def _generate(arguments: argparse.Namespace) -> int:
     device = jax.local_devices()[0]
     dtype = arguments.dtype or ("bfloat16" if device.platform == "gpu" else "float32")
     started = time.perf_counter()
-    loaded = models.load(arguments.model, dtype=dtype, progress=_Progress())
+    try:
+        loaded = models.load(arguments.model, dtype=dtype, progress=_Progress())
+    except TypeError as error:  # of a number in config.json that is none
+        raise models.ModelError(f"{arguments.model}: {error}") from error
     load_seconds = time.perf_counter() - started
+    if loaded.tokenizer is None:
+        raise models.ModelError(f"{arguments.model}: no tokenizer.json in this folder: prompts cannot be encoded")
     requests = _requests(arguments, loaded)
     with Engine(
         loaded.model,
@@ -97,12 +131,19 @@ def _requests(arguments: argparse.Namespace, loaded: LoadedModel) -> list[Reques
     from jax_vattention.engine import Request
 
     def prompt_ids(prompt: str) -> list[int]:
-        if arguments.raw:
-            return loaded.tokenizer.encode(prompt)
-        return loaded.tokenizer.chat([{"role": "user", "content": prompt}])
+        if not arguments.raw:
+            return loaded.tokenizer.chat([{"role": "user", "content": prompt}])
+        if ids := loaded.tokenizer.encode(prompt):
+            return ids
+        raise ValueError("a prompt is empty: with --raw there must be at least one token to continue")
 
     return [
-        Request(tuple(prompt_ids(prompt)), arguments.max_tokens, arguments.temperature, arguments.seed + index)
+        Request(
+            tuple(prompt_ids(prompt)),
+            arguments.max_tokens,
+            arguments.temperature,
+            (arguments.seed + index) % (_MOST_SEED + 1),
+        )
         for index, prompt in enumerate(arguments.prompts)
     ]
 

@@ -8,16 +8,20 @@ from importlib import resources
 import jax
 import jax.numpy as jnp
 
-from jax_vattention import _native
+try:
+    from jax_vattention import _native
+except ImportError as error:
+    raise ImportError(
+        "jax_vattention's native module is not here. In a clone, Python finds the source folder before an installed "
+        "package: install with 'pip install -e .', or run from another folder"
+    ) from error
 from jax_vattention.errors import DriverError, DriverUnavailableError
-
-_APPEND = "jax_vattention.append"
 
 
 @functools.cache
 def _register() -> None:
-    for platform, handler in _native.ffi_targets().items():
-        jax.ffi.register_ffi_target(_APPEND, handler, platform=platform)
+    for name, platform, handler in _native.ffi_targets():
+        jax.ffi.register_ffi_target(name, handler, platform=platform)
 
 
 def append(
@@ -39,13 +43,37 @@ def append(
     """
     _register()
     call = jax.ffi.ffi_call(
-        _APPEND,
+        "jax_vattention.append",
         jax.ShapeDtypeStruct(order.shape, order.dtype),
         has_side_effect=True,
         input_output_aliases={8: 0},
         vmap_method="sequential",
     )
     return call(view, k, v, layer, slots, positions, mask, mapped_lens, order)
+
+
+def read_tile(
+    view: jax.Array,
+    *,
+    layer: jax.Array,
+    slot: jax.Array,
+    first: jax.Array,
+    length: jax.Array,
+    tokens: int,
+    order: jax.Array,
+) -> jax.Array:
+    """Copies `tokens` tokens of a slot from `first` on into `[2, tokens, num_kv_heads, head_dim]`; CPU only.
+
+    Tokens at or past `length` are not touched: they come out as zeros. A plain slice will not do on a CPU: XLA may
+    convert all of a 2-byte float operand to float32 first, and move that out of a loop, ahead of the write.
+    """
+    _register()
+    call = jax.ffi.ffi_call(
+        "jax_vattention.read_tile",
+        jax.ShapeDtypeStruct((2, tokens, *view.shape[4:]), view.dtype),
+        vmap_method="sequential",
+    )
+    return call(view, layer, slot, first, length, order)
 
 
 def no_order() -> jax.Array:

@@ -48,17 +48,19 @@ class RMSNorm(nnx.Module):
     Args:
       size: elements of the last axis.
       eps: added to the mean square.
+      dtype: of the result.
     """
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, dtype: Any):
         self.scale = nnx.Param(jnp.ones((size,), jnp.float32))  # [size]
         self.eps = eps
+        self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x` `[..., size]`, scaled to a root mean square of 1, times the weights."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * self.scale[...]).astype(x.dtype)
+        return (wide * self.scale[...]).astype(self.dtype)
 
 
 class LlamaLayer(nnx.Module):
@@ -80,10 +82,10 @@ class LlamaLayer(nnx.Module):
         hidden, wide = config.hidden_size, config.intermediate_size
         self.config = config
         self.layer = layer
-        self.attention_norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.attention_norm = RMSNorm(hidden, config.rms_norm_eps, dtype)
         self.qkv = nnx.Param(init(rngs.params(), (hidden, config.q_size + 2 * config.kv_size), dtype))
         self.out = nnx.Param(init(rngs.params(), (config.q_size, hidden), dtype))
-        self.mlp_norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(hidden, config.rms_norm_eps, dtype)
         self.gate_up = nnx.Param(init(rngs.params(), (hidden, 2 * wide), dtype))
         self.down = nnx.Param(init(rngs.params(), (wide, hidden), dtype))
 
@@ -125,11 +127,11 @@ class LlamaLayer(nnx.Module):
             mask=index.mask,
         )
         read, cache = attention(q, cache, layer=self.layer, batch=batch, implementation=implementation)
-        return _dot(read.reshape(tokens, config.q_size), self.out), cache
+        return _dot(read.reshape(tokens, config.q_size), self.out, jnp.float32), cache
 
     def _feed_forward(self, x: jax.Array) -> jax.Array:
         gate, up = jnp.split(_dot(x, self.gate_up), 2, axis=-1)
-        return _dot(jax.nn.silu(gate) * up, self.down)
+        return _dot(jax.nn.silu(gate) * up, self.down, jnp.float32)
 
 
 class Llama(nnx.Module):
@@ -140,7 +142,8 @@ class Llama(nnx.Module):
 
     Args:
       config: dimensions.
-      dtype: element type of the weights and of the residual stream: float32, float16 or bfloat16.
+      dtype: element type of the weights and of what is multiplied with them: float32, float16 or bfloat16. The
+        residual stream is float32, where a rounding error of a layer would reach all later ones.
       rngs: for the random weights.
     """
 
@@ -154,7 +157,7 @@ class Llama(nnx.Module):
         if not config.tie_word_embeddings:
             self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
         self.layers = nnx.List([LlamaLayer(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.head = nnx.Param(init(rngs.params(), (config.hidden_size, config.vocab_size), dtype))
 
     def __call__(
@@ -178,7 +181,7 @@ class Llama(nnx.Module):
         """
         index = batch.token_index(tokens.shape[0])
         rope = _rope_table(self.config, index.positions)
-        x = self._embed(tokens)
+        x = self._embed(tokens).astype(jnp.float32)
         for layer in self.layers:
             x, cache = layer(x, cache, batch, index, rope, implementation=implementation)
         return self.norm(x), cache

@@ -8,6 +8,7 @@
 namespace jax_vattention {
 
 extern "C" XLA_FFI_Error* AppendCpuHandler(XLA_FFI_CallFrame* call_frame);
+extern "C" XLA_FFI_Error* ReadTileCpuHandler(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* AppendCudaHandler(XLA_FFI_CallFrame* call_frame);
 
 // Loads the compiled append.cu for a device, once. AppendCudaHandler fails with a clear error until this was called.

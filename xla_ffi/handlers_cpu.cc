@@ -148,7 +148,52 @@ ffi::Error AppendCpu(ffi::ThreadPool threads, ffi::AnyBuffer view, ffi::AnyBuffe
   return ffi::Error::Success();
 }
 
+// read_tile(view, layer, slot, first, length, order) -> tile
+//
+//   view    as in append.h, of any dtype
+//   layer, slot, first, length  int32 []: the tokens first <= t < length of a slot are read, and no others
+//   order   int32 [4]: read for nothing but its place behind the append that made it
+//   tile    [2, tokens, num_kv_heads, head_dim] of the view's dtype; zeros from `length` on
+ffi::Error ReadTileCpu(ffi::AnyBuffer view, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> slot,
+                       ffi::Buffer<ffi::S32> first, ffi::Buffer<ffi::S32> length, ffi::Buffer<ffi::S32> order,
+                       ffi::Result<ffi::AnyBuffer> tile) {
+  const auto shape = view.dimensions();
+  const auto size = tile->dimensions();
+  if (shape.size() != 6 || size.size() != 4 || size[0] != 2 || size[2] != shape[4] || size[3] != shape[5] ||
+      tile->element_type() != view.element_type() || order.element_count() != 4) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "read_tile: the shapes of view and tile do not fit");
+  }
+  const int64_t part_bytes = shape[4] * shape[5] * static_cast<int64_t>(ffi::ByteWidth(view.element_type()));
+  const int64_t at_layer = *layer.typed_data();
+  const int64_t at_slot = *slot.typed_data();
+  const int64_t start = *first.typed_data();
+  const bool exists = at_layer >= 0 && at_layer < shape[2] && at_slot >= 0 && at_slot < shape[0] && start >= 0;
+  const int64_t end = std::min<int64_t>(*length.typed_data(), shape[1]);
+  const int64_t tokens = exists ? std::clamp<int64_t>(end - start, 0, size[1]) : 0;
+  const char* source = static_cast<const char*>(view.untyped_data()) +
+                       ((at_slot * shape[1] + start) * shape[2] + at_layer) * 2 * part_bytes;
+  const int64_t source_stride = shape[2] * 2 * part_bytes;
+  for (int64_t part = 0; part < 2; ++part) {
+    char* destination = static_cast<char*>(tile->untyped_data()) + part * size[1] * part_bytes;
+    for (int64_t i = 0; i < tokens; ++i) {
+      std::memcpy(destination + i * part_bytes, source + i * source_stride + part * part_bytes, part_bytes);
+    }
+    std::memset(destination + tokens * part_bytes, 0, (size[1] - tokens) * part_bytes);
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ReadTileCpuHandler, ReadTileCpu,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()            // view
+                                  .Arg<ffi::Buffer<ffi::S32>>()     // layer
+                                  .Arg<ffi::Buffer<ffi::S32>>()     // slot
+                                  .Arg<ffi::Buffer<ffi::S32>>()     // first
+                                  .Arg<ffi::Buffer<ffi::S32>>()     // length
+                                  .Arg<ffi::Buffer<ffi::S32>>()     // order
+                                  .Ret<ffi::AnyBuffer>());          // tile
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AppendCpuHandler, AppendCpu, BindAppend(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 

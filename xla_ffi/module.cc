@@ -171,9 +171,10 @@ PYBIND11_MODULE(_native, module) {
     LoadAppendKernel(ordinal, copy.data());
   });
   module.def("ffi_targets", [] {
-    py::dict targets;
-    targets["cpu"] = Target(AppendCpuHandler);
-    targets["CUDA"] = Target(AppendCudaHandler);
+    py::list targets;
+    targets.append(py::make_tuple("jax_vattention.append", "cpu", Target(AppendCpuHandler)));
+    targets.append(py::make_tuple("jax_vattention.append", "CUDA", Target(AppendCudaHandler)));
+    targets.append(py::make_tuple("jax_vattention.read_tile", "cpu", Target(ReadTileCpuHandler)));
     return targets;
   });
 }

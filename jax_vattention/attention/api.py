@@ -56,8 +56,8 @@ def attention(
     """Causal attention of this step's queries over the cached K and V of their requests.
 
     K and V of this step's tokens must have been appended before. A query of position `p` sees keys `0..p`.
-    Nothing at or past a request's `kv_lens` is ever addressed, and nothing at all for a request without
-    queries: memory there may not be mapped.
+    Nothing at or past a request's `kv_lens` or its slot's mapped length is ever addressed, and nothing at all for a
+    request without queries: memory there may not be mapped.
 
     Args:
       q: `[tokens, num_q_heads, head_dim]`; query heads `h * group .. (h + 1) * group - 1` use KV head `h`.
@@ -82,6 +82,7 @@ def attention(
     scale = cache.spec.head_dim**-0.5 if scale is None else _checked_scale(scale)
     if q.shape[0] == 0 or batch.num_requests == 0:
         return jnp.zeros_like(q), cache
+    batch = dataclasses.replace(batch, kv_lens=_readable_lens(cache, batch))
     out, order = _dispatch(q, cache.view, cache.order, layer, batch, scale=scale, names=names)
     return out, cache.with_order(order)
 
@@ -108,6 +109,13 @@ def _branches(names: tuple[str, ...]) -> tuple[_Implementation | None, dict[str,
         for platform in found.platforms:
             per_platform.setdefault(platform, found)
     return None, per_platform
+
+
+def _readable_lens(cache: KVCache, batch: RaggedBatch) -> jax.Array:
+    """`batch.kv_lens`, cut to what is mapped, and 0 for slots that do not exist: no length makes a kernel fault."""
+    exists = (batch.slots >= 0) & (batch.slots < cache.spec.num_slots)
+    mapped = jnp.where(exists, cache.mapped_lens[jnp.where(exists, batch.slots, 0)], 0)
+    return jnp.clip(batch.kv_lens, 0, mapped)
 
 
 def _checked_names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:

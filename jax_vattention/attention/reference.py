@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_vattention import ffi
 from jax_vattention.batch import RaggedBatch
 
 _BLOCK_Q = 64
@@ -38,6 +39,7 @@ class _Keys:
     """The keys and values of one request in one layer, read tile by tile."""
 
     view: jax.Array  # [num_slots, slot_tokens, num_layers, 2, num_kv_heads, head_dim]
+    order: jax.Array  # int32 [4]
     slot: jax.Array  # int32
     layer: jax.Array  # int32
     kv_len: jax.Array  # int32
@@ -48,31 +50,26 @@ class _Keys:
         return min(_BLOCK_K, self.view.shape[1])
 
     def tile(self, block: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """K and V `[block_k, num_kv_heads, head_dim]` in float32 and the positions of keys that count `[block_k]`.
+        """K and V `[block_k, num_kv_heads, head_dim]` in float32 and the positions of the keys `[block_k]`.
 
-        A position that does not count is `kv_len` or more. Only tokens before `kv_len` are read: the last tile moves
-        back until it ends at `kv_len`, and a request shorter than a tile repeats its last token.
+        Only tokens before `kv_len` are read; positions from there on hold something finite.
         """
-        first = block * self.block_k
-        start = jnp.minimum(first, self.kv_len - self.block_k)
-        offsets = jnp.arange(self.block_k, dtype=jnp.int32)
-        k, v = lax.cond(self.kv_len >= self.block_k, self._slices, self._rows, start, first + offsets)
-        positions = jnp.where(start >= 0, start, 0) + offsets
-        return k, v, jnp.where(positions >= first, positions, self.kv_len)
+        positions = block * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32)
+        operands = (self.view, self.order, self.slot, self.layer, self.kv_len, positions)
+        k, v = lax.platform_dependent(*operands, cpu=_tile_by_custom_call, default=_tile_by_gather)
+        return k.astype(jnp.float32), v.astype(jnp.float32), positions
 
-    def _slices(self, start, positions):
-        del positions
-        size = (1, self.block_k, 1, 1, *self.view.shape[4:])
-        first = [self.slot, start, self.layer, 0, 0, 0]
-        k = lax.dynamic_slice(self.view, first, size)
-        v = lax.dynamic_slice(self.view, [*first[:3], 1, 0, 0], size)
-        return tuple(x.reshape(self.block_k, *self.view.shape[4:]).astype(jnp.float32) for x in (k, v))
 
-    def _rows(self, start, positions):
-        del start
-        mapped = jnp.minimum(positions, self.kv_len - 1)
-        rows = self.view.at[self.slot, mapped, self.layer].get(mode="promise_in_bounds")
-        return rows[:, 0].astype(jnp.float32), rows[:, 1].astype(jnp.float32)
+def _tile_by_custom_call(view, order, slot, layer, kv_len, positions):
+    return ffi.read_tile(
+        view, layer=layer, slot=slot, first=positions[0], length=kv_len, tokens=positions.size, order=order
+    )
+
+
+def _tile_by_gather(view, order, slot, layer, kv_len, positions):
+    # order[0] counts dropped writes, which XLA cannot know to be >= 0: every address depends on the last append.
+    mapped = jnp.minimum(positions, kv_len - 1) + jnp.minimum(order[0], 0)
+    return jnp.moveaxis(view.at[slot, mapped, layer].get(mode="promise_in_bounds"), 1, 0)
 
 
 def run(
@@ -85,11 +82,9 @@ def run(
     grouped = q.reshape(tokens, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
     # A tile behind the last token: dynamic_slice would otherwise move a tile that reaches past the end.
     grouped = jnp.pad(grouped, ((0, block_q), (0, 0), (0, 0), (0, 0)))
-    # order[0] counts dropped writes, which XLA cannot know to be >= 0: every address depends on the last append.
-    slots = batch.slots + jnp.minimum(order[0], 0)
 
     def request(r, carry):
-        keys = _Keys(view, slots[r], layer, batch.kv_lens[r])
+        keys = _Keys(view, order, batch.slots[r], layer, batch.kv_lens[r])
         q_start, q_len = batch.q_starts[r], batch.q_lens[r]
 
         def tile(i, carry):

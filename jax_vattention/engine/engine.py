@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from jax_vattention.cache import KVCache
 from jax_vattention.engine.programs import Model, Programs, Rows
 from jax_vattention.engine.request import FinishReason, Output, Request, Sequence
 from jax_vattention.engine.scheduler import Chunk, Scheduler
@@ -56,19 +57,16 @@ class Engine:
             raise ValueError(f"max_batch: expected 1 to num_slots={spec.num_slots}, got {max_batch}")
         if pool_bytes is None and pool_share is None:
             pool_share = 0.5
-        self.manager = KVCacheManager(
-            spec, pool_bytes=pool_bytes, pool_share=pool_share, device=device, strict=strict
-        )
+        self.manager = KVCacheManager(spec, pool_bytes=pool_bytes, pool_share=pool_share, device=device, strict=strict)
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
+        self._closed = False
         self._spec = spec
         self._eos_ids = frozenset(eos_ids)
         self._max_batch = max_batch
         self._prefill_tokens = prefill_tokens
         self._decode_tokens = decode_tokens
-        self._programs = Programs(
-            model, eos_ids=self._eos_ids, decode_tokens=decode_tokens, device=self.manager.device
-        )
+        self._programs = Programs(model, eos_ids=self._eos_ids, decode_tokens=decode_tokens, device=self.manager.device)
 
     @property
     def compile_seconds(self) -> float:
@@ -95,17 +93,21 @@ class Engine:
                 chunks = scheduler.next_prefill()
                 yield from self._prefill(scheduler, chunks) if chunks else self._decode(scheduler)
         finally:
-            scheduler.abort()
+            if not self._closed:
+                scheduler.abort()
 
     def close(self) -> None:
-        """Gives the cache's memory back."""
+        """Gives the cache's memory back, also of requests under way. Closing twice is no error."""
         self.manager.close()
+        self._closed = True
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self.manager.__exit__(*exception)
+    def __exit__(self, exception_type: Any, *_: Any) -> None:
+        # An error on its way out keeps its frames, and with them its caches, alive. The memory goes when they do.
+        if exception_type is None:
+            self.close()
 
     def _fitted(self, index: int, request: Request) -> Request:
         """The request with no more tokens than the cache has positions for."""
@@ -119,31 +121,13 @@ class Engine:
         return Request(request.prompt_ids, min(request.max_tokens, room), request.temperature, request.seed)
 
     def _prefill(self, scheduler: Scheduler, chunks: list[Chunk]) -> Iterator[Output]:
-        lengths = scheduler.lengths([c.sequence for c in chunks], [c.count for c in chunks])
-        try:
-            cache = self.manager.step(lengths)
-        except OutOfPagesError as error:
-            scheduler.preempt(error)
+        cache = self._step(scheduler, [c.sequence for c in chunks], [c.count for c in chunks])
+        if cache is None:
             return
-        total = sum(chunk.count for chunk in chunks)
-        tokens = np.zeros(_bucket(total, self._prefill_tokens), np.int32)
-        # Rows without a chunk start where the one before them ends: starts must ascend.
-        q_starts = np.zeros(self._max_batch, np.int32)
-        q_lens = np.zeros(self._max_batch, np.int32)
-        end = 0
-        for chunk in chunks:
-            sequence = chunk.sequence
-            q_lens[sequence.row] = chunk.count
-            tokens[end : end + chunk.count] = sequence.tokens[sequence.cached : sequence.cached + chunk.count]
-            end += chunk.count
-        q_starts[1:] = np.cumsum(q_lens)[:-1]
         rows = self._rows([chunk.sequence for chunk in chunks])
-        start = time.perf_counter() - self.compile_seconds
-        drawn, order = self._programs.prefill(cache, rows, tokens, q_starts, q_lens)  # type: ignore[arg-type]
-        del cache
-        self.manager.finish(order)
-        self.prefill_seconds += time.perf_counter() - self.compile_seconds - start
-        drawn = np.asarray(drawn)
+        (drawn,), seconds = self._run(self._programs.prefill, cache, rows, *self._pack(chunks))
+        del cache  # a generator that waits in a yield must not keep the view alive
+        self.prefill_seconds += seconds
         for chunk in chunks:
             chunk.sequence.cached += chunk.count
             if chunk.sequence.pending == 0:
@@ -152,26 +136,58 @@ class Engine:
     def _decode(self, scheduler: Scheduler) -> Iterator[Output]:
         sequences = scheduler.next_decode()
         counts = [min(self._decode_tokens, sequence.tokens_left) for sequence in sequences]
-        try:
-            cache = self.manager.step(scheduler.lengths(sequences, counts))
-        except OutOfPagesError as error:
-            scheduler.preempt(error)
+        cache = self._step(scheduler, sequences, counts)
+        if cache is None:
             return
         tokens = np.zeros(self._max_batch, np.int32)
         for sequence in sequences:
             tokens[sequence.row] = sequence.tokens[-1]
-        rows = self._rows(sequences)
-        start = time.perf_counter() - self.compile_seconds
-        produced, produced_counts, order = self._programs.decode(cache, rows, tokens)  # type: ignore[arg-type]
+        (produced, produced_counts), seconds = self._run(self._programs.decode, cache, self._rows(sequences), tokens)
         del cache
-        self.manager.finish(order)
-        self.decode_seconds += time.perf_counter() - self.compile_seconds - start
-        produced, produced_counts = np.asarray(produced), np.asarray(produced_counts)
+        self.decode_seconds += seconds
         for sequence in sequences:
             count = int(produced_counts[sequence.row])
             new = produced[sequence.row, :count].tolist()
             sequence.cached += count
             yield from self._add(scheduler, sequence, new)
+
+    def _step(self, scheduler: Scheduler, sequences: list[Sequence], tokens: list[int]) -> KVCache | None:
+        """The cache with room for this many more tokens of each sequence; None where one had to be preempted."""
+        try:
+            return self.manager.step(scheduler.lengths(sequences, tokens))
+        except OutOfPagesError as error:
+            scheduler.preempt(error)
+            return None
+
+    def _run(
+        self, program: Callable[..., tuple[jax.Array, ...]], cache: KVCache, *arguments: Any
+    ) -> tuple[list[np.ndarray], float]:
+        """Runs a program to its end. Returns its results, and the seconds it took without those of compiling."""
+        start = time.perf_counter() - self.compile_seconds
+        try:
+            *results, order = program(cache, *arguments)
+        except BaseException:
+            # It did not start. The manager takes its own order token back, and holds no pages back for it.
+            self.manager.finish(cache)
+            raise
+        self.manager.finish(order)
+        return [np.asarray(result) for result in results], time.perf_counter() - self.compile_seconds - start
+
+    def _pack(self, chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The tokens of chunks one after the other, where each row's chunk starts, and its length."""
+        total = sum(chunk.count for chunk in chunks)
+        tokens = np.zeros(_bucket(total, self._prefill_tokens), np.int32)
+        q_lens = np.zeros(self._max_batch, np.int32)
+        end = 0
+        for chunk in chunks:
+            sequence = chunk.sequence
+            q_lens[sequence.row] = chunk.count
+            tokens[end : end + chunk.count] = sequence.tokens[sequence.cached : sequence.cached + chunk.count]
+            end += chunk.count
+        # Rows without a chunk start where the one before them ends: starts must ascend.
+        q_starts = np.zeros(self._max_batch, np.int32)
+        q_starts[1:] = np.cumsum(q_lens)[:-1]
+        return tokens, q_starts, q_lens
 
     def _add(self, scheduler: Scheduler, sequence: Sequence, new: list[int]) -> Iterator[Output]:
         """Takes new tokens in, ends the request where it ends, and reports."""

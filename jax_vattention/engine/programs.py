@@ -12,12 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_vattention.batch import RaggedBatch
-from jax_vattention.cache import KVCache
+from jax_vattention.cache import GPU_COMPILER_OPTIONS, KVCache
 from jax_vattention.engine.sampling import sample
-
-GPU_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
-"""XLA counts the view's virtual size as device memory. Where that is more than there is, its rematerialisation pass
-computes everything twice to make room; it must be off for every GPU program that takes a cache."""
 
 
 class Model(Protocol):

@@ -94,10 +94,10 @@ class Scheduler:
             self._leave(self._running.pop())
 
     def _admit(self) -> None:
-        free_pages = self._manager.stats().pages_free
+        free_pages = self._manager.stats().pages_free - sum(map(self._missing_pages, self._running))
         while self._waiting and self._rows:
             sequence = self._waiting[0]
-            needed = self._manager.spec.pages_for(len(sequence.tokens))
+            needed = self._missing_pages(sequence)
             # Not into a pool that it would only be preempted from; unless nothing runs that could make room.
             if needed > free_pages and self._running:
                 return
@@ -106,6 +106,12 @@ class Scheduler:
             sequence.row = self._rows.pop()
             sequence.slot = self._manager.allocate()
             self._running.append(sequence)
+
+    def _missing_pages(self, sequence: Sequence) -> int:
+        """Pages that it needs to be prefilled and to decode once, without those that it has."""
+        spec = self._manager.spec
+        reach = len(sequence.tokens) - 1 + min(self._decode_tokens + 1, sequence.tokens_left)
+        return spec.pages_for(reach) - spec.pages_for(sequence.cached)
 
     def _leave(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
