@@ -398,3 +398,80 @@ class TestArguments:
     def test_query_may_have_another_dtype_than_the_cache(self):
         out = self.run(dtype=jnp.bfloat16)
         assert out.dtype == jnp.bfloat16
+
+
+@jax.jit
+def append_and_read(q, k, v, cache, batch):
+    index = batch.token_index(q.shape[0])
+    layer = cache.spec.num_layers - 1
+    cache = cache.append(k, v, layer=layer, slots=index.slots, positions=index.positions, mask=index.mask)
+    out, cache = attention(q, cache, layer=layer, batch=batch)
+    return out, cache.order
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu"), pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(64, jnp.bfloat16), (96, jnp.bfloat16), (128, jnp.bfloat16), (128, jnp.float32)]
+)
+def test_lengths_around_page_ends(device, head_dim, dtype, decode):
+    """A page of 2 MiB holds 8 to 32 tokens here, and what follows a request's last page is not mapped."""
+    device = jax.devices(device)[0]
+    probe = KVCacheSpec(32, 8, head_dim, 1, 1, dtype)
+    # Slots without a row to spare: what follows the last slot is no address of ours.
+    max_seq_len = probe.slot_tokens * -(-4 * probe.page_bytes // probe.slot_bytes)
+    ends = [int(pages * probe.tokens_per_page) for pages in (1, 2, 3)]
+    lengths = [end + offset for end in ends for offset in (-1, 0, 1)] + [max_seq_len]
+    spec = KVCacheSpec(32, 8, head_dim, len(lengths), max_seq_len, dtype)
+    assert spec.slot_tokens == max_seq_len
+    rng = np.random.default_rng(0)
+    tokens = sum(lengths)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((tokens, heads, head_dim)), dtype) for heads in (2 * spec.num_kv_heads, 8, 8)
+    )
+    slots = list(range(len(lengths)))
+    with (
+        jax.default_device(device),
+        KVCacheManager(spec, pool_bytes=64 * spec.page_bytes, device=device, strict=device.platform == "cpu") as manager,
+    ):
+        for _ in slots:
+            manager.allocate()
+        cache = manager.step(dict(zip(slots, lengths, strict=True)))
+        out, order = append_and_read(q, k, v, cache, make_batch(slots, lengths, lengths))
+        manager.finish(order)
+        if decode:
+            last = np.cumsum(lengths) - 1
+            q = q[last]
+            batch = RaggedBatch.decode(jnp.asarray(slots, jnp.int32), jnp.asarray(lengths, jnp.int32))
+            out, order = program(q, manager.step({}), spec.num_layers - 1, batch, implementation=None)
+            manager.finish(order)
+        del cache
+    end = 0
+    for row, length in enumerate(lengths):
+        own = slice(end, end + length)
+        wanted = reference_attention(
+            *(np.asarray(x.astype(jnp.float32)) for x in (q[row : row + 1] if decode else q[own], k[own], v[own]))
+        )
+        found = np.asarray(out.astype(jnp.float32))[row : row + 1] if decode else np.asarray(out.astype(jnp.float32))[own]
+        np.testing.assert_allclose(found, wanted, atol=TOLERANCE[jnp.dtype(dtype).name], rtol=2e-2)
+        end += length
+
+
+@real_memory
+@pytest.mark.parametrize("max_q_len", [1, 7])
+def test_no_length_and_no_slot_makes_a_program_fault(implementation, max_q_len):
+    spec = make_spec(implementation, layers=32, kv_heads=8)
+    with opened_manager(implementation, spec) as manager:
+        rng = np.random.default_rng(0)
+        good = random_kv(rng, spec, 5)
+        fill_manager(manager, {0: good})
+        cache = manager.step({1: 3})
+        slots = [0, 1, 2, -1, spec.num_slots, 2**31 - 1]
+        kv_lens = [5, 10**6, 2**31 - 1, 9, 9, 9]
+        q = jnp.asarray(rng.standard_normal((6 * max_q_len, 8, spec.head_dim)), spec.dtype)
+        q_lens = [min(max_q_len, 5), *[max_q_len] * 5]
+        out, order = program(q, cache, 1, make_batch(slots, q_lens, kv_lens), implementation=implementation)
+        manager.finish(order)
+        out = np.asarray(out)[: q_lens[0]]
+        compare(out, q[: q_lens[0]], {0: good}, [0], q_lens[:1], 1, spec, None)
+        del cache

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks NAME` runs one, prints it, and writes its numbers with `--json FILE`."""

@@ -1,0 +1,74 @@
+"""Repeated timings, and what is said about them."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Several measurements of one quantity, in seconds."""
+
+    seconds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, seconds: Iterable[float]) -> Timing:
+        """From the measurements, in any order."""
+        ordered = tuple(sorted(seconds))
+        if not ordered:
+            raise ValueError("Timing: expected at least one measurement, got none")
+        return cls(ordered)
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def best(self) -> float:
+        """Seconds of the fastest."""
+        return self.seconds[0]
+
+    @property
+    def worst(self) -> float:
+        """Seconds of the slowest."""
+        return self.seconds[-1]
+
+    def quantile(self, share: float) -> float:
+        """Seconds that `share` of the measurements do not exceed (nearest rank)."""
+        rank = max(1, -int(-share * len(self.seconds) // 1))
+        return self.seconds[min(rank, len(self.seconds)) - 1]
+
+
+def repeat(action: Callable[[], Any], repeats: int, *, warmup: int = 1) -> Timing:
+    """Times `action` `repeats` times, after `warmup` calls that do not count."""
+    for _ in range(warmup):
+        action()
+    seconds = []
+    for _ in range(repeats):
+        start = perf_counter()
+        action()
+        seconds.append(perf_counter() - start)
+    return Timing.of(seconds)
+
+
+def interleave(actions: Sequence[Callable[[], Any]], repeats: int, *, warmup: int = 1) -> list[list[Any]]:
+    """Results of each action, called in turn (a, b, c, a, b, c, ...), so that a busy moment of the machine hits all.
+
+    Every second round runs in reverse, so that no action always follows the same one.
+
+    Returns:
+      For each action, the results of its `repeats` calls; the `warmup` rounds before them do not count.
+    """
+    results: list[list[Any]] = [[] for _ in actions]
+    order = list(range(len(actions)))
+    for round_ in range(-warmup, repeats):
+        for index in order if round_ % 2 == 0 else reversed(order):
+            result = actions[index]()
+            if round_ >= 0:
+                results[index].append(result)
+    return results
