@@ -432,7 +432,9 @@ def test_lengths_around_page_ends(device, head_dim, dtype, decode):
     slots = list(range(len(lengths)))
     with (
         jax.default_device(device),
-        KVCacheManager(spec, pool_bytes=64 * spec.page_bytes, device=device, strict=device.platform == "cpu") as manager,
+        KVCacheManager(
+            spec, pool_bytes=64 * spec.page_bytes, device=device, strict=device.platform == "cpu"
+        ) as manager,
     ):
         for _ in slots:
             manager.allocate()
@@ -452,7 +454,9 @@ def test_lengths_around_page_ends(device, head_dim, dtype, decode):
         wanted = reference_attention(
             *(np.asarray(x.astype(jnp.float32)) for x in (q[row : row + 1] if decode else q[own], k[own], v[own]))
         )
-        found = np.asarray(out.astype(jnp.float32))[row : row + 1] if decode else np.asarray(out.astype(jnp.float32))[own]
+        found = (
+            np.asarray(out.astype(jnp.float32))[row : row + 1] if decode else np.asarray(out.astype(jnp.float32))[own]
+        )
         np.testing.assert_allclose(found, wanted, atol=TOLERANCE[jnp.dtype(dtype).name], rtol=2e-2)
         end += length
 
