@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jax_vattention.engine import Engine, Request
-    from jax_vattention.models import LoadedModel
+    from jax_vattention.models import Tokenizer
 
 _NUM_SLOTS = 64  # slots cost virtual memory only
 _MAX_BATCH = 16
@@ -107,14 +107,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     device = jax.local_devices()[0]
     dtype = arguments.dtype or ("bfloat16" if device.platform == "gpu" else "float32")
     started = time.perf_counter()
-    try:
-        loaded = models.load(arguments.model, dtype=dtype, progress=_Progress())
-    except TypeError as error:  # of a number in config.json that is none
-        raise models.ModelError(f"{arguments.model}: {error}") from error
+    loaded = models.load(arguments.model, dtype=dtype, progress=_Progress())
     load_seconds = time.perf_counter() - started
     if loaded.tokenizer is None:
         raise models.ModelError(f"{arguments.model}: no tokenizer.json in this folder: prompts cannot be encoded")
-    requests = _requests(arguments, loaded)
+    requests = _requests(arguments, loaded.tokenizer)
     with Engine(
         loaded.model,
         loaded.config.kv_cache_spec(num_slots=_NUM_SLOTS, dtype=dtype),
@@ -123,17 +120,17 @@ def _generate(arguments: argparse.Namespace) -> int:
         device=device,
     ) as engine:
         printer = _JsonPrinter if arguments.json else _TextPrinter
-        printer(arguments.prompts, requests, loaded, engine, load_seconds).run()
+        printer(arguments.prompts, requests, loaded.tokenizer, engine, load_seconds).run()
     return 0
 
 
-def _requests(arguments: argparse.Namespace, loaded: LoadedModel) -> list[Request]:
+def _requests(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[Request]:
     from jax_vattention.engine import Request
 
     def prompt_ids(prompt: str) -> list[int]:
         if not arguments.raw:
-            return loaded.tokenizer.chat([{"role": "user", "content": prompt}])
-        if ids := loaded.tokenizer.encode(prompt):
+            return tokenizer.chat([{"role": "user", "content": prompt}])
+        if ids := tokenizer.encode(prompt):
             return ids
         raise ValueError("a prompt is empty: with --raw there must be at least one token to continue")
 
@@ -152,11 +149,11 @@ class _Printer:
     """Runs requests and prints what comes."""
 
     def __init__(
-        self, prompts: Sequence[str], requests: list[Request], loaded: LoadedModel, engine: Engine, load_seconds: float
+        self, prompts: Sequence[str], requests: list[Request], tokenizer: Tokenizer, engine: Engine, load_seconds: float
     ):
         self.prompts = prompts
         self.requests = requests
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer = tokenizer
         self.engine = engine
         self.load_seconds = load_seconds
         self.token_ids: list[list[int]] = [[] for _ in requests]

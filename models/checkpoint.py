@@ -210,7 +210,10 @@ def _load_folder(path: Path, dtype: Any, progress: Progress | None) -> LoadedMod
     values = read_json(config_file)
     if not isinstance(values, dict):
         raise ModelError(f"{config_file}: expected a JSON object, got {type(values).__name__}")
-    config = LlamaConfig.from_hugging_face(values)
+    try:
+        config = LlamaConfig.from_hugging_face(values)
+    except TypeError as error:  # a value of another type than it should have
+        raise ModelError(f"{config_file}: {error}") from error
     tensors = SafetensorsFolder(path)
     tokenizer = Tokenizer.from_folder(path) if (path / "tokenizer.json").is_file() else None
     return LoadedModel(_build(config, tensors, _HUGGING_FACE, dtype, progress), config, tokenizer)
