@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax_vattention import _native
 from jax_vattention.errors import DriverUnavailableError
 
-PageRanges = Sequence[tuple[int, int]]
-"""Ranges of pages `(first, count)`, counted from the start of a buffer."""
+PageRanges = Sequence[tuple[int, int, int]]
+"""Pages side by side, `(page, count, span)`: `page` counts the smallest pages from the start of a buffer, and each of
+the `count` pages is as large as `span` of those."""
 
 
 def open_memory(device: jax.Device, *, strict: bool = False) -> _native.Memory:
@@ -37,50 +38,71 @@ def open_memory(device: jax.Device, *, strict: bool = False) -> _native.Memory:
     )
 
 
+class PagePool:
+    """Physical pages of one or several sizes out of one budget. Pages are made when first needed and then kept.
+
+    How the budget is split between sizes follows the load: idle pages of one size are released where their bytes are
+    needed for another.
+
+    Args:
+      memory: of the device.
+      page_bytes: sizes of pages, ascending, each a multiple of the one before it; the first of the granularity.
+      total_bytes: most bytes of pages that exist at once.
+
+    Raises:
+      ValueError: a size does not fit, or not one page does.
+    """
+
+    def __init__(self, memory: _native.Memory, page_bytes: Sequence[int], total_bytes: int):
+        self.memory = memory
+        self.native = _native.PagePool(memory, page_bytes, total_bytes)
+
+    @property
+    def total_pages(self) -> int:
+        """The budget in smallest pages."""
+        return self.native.total_bytes // self.native.page_bytes
+
+    @property
+    def free_pages(self) -> int:
+        """What can be mapped now, in smallest pages. Pages that were not made yet count."""
+        return self.native.free_bytes // self.native.page_bytes
+
+    @property
+    def created_pages(self) -> int:
+        """What takes up device memory, mapped or kept for reuse, in smallest pages."""
+        return self.native.created_bytes // self.native.page_bytes
+
+    def counts(self) -> dict[int, tuple[int, int]]:
+        """For each size of pages in bytes: how many exist, and how many of those are idle."""
+        return {size: (created, idle) for size, created, idle in self.native.counts()}
+
+
 class PagedBuffer:
     """A range of virtual addresses on one device, with physical pages of a pool behind parts of it.
 
     Args:
-      memory: of the device.
-      num_bytes: virtual size, a multiple of `page_bytes`.
-      page_bytes: size of a page, a multiple of the backend's granularity.
-      total_pages: most pages that can be mapped at once.
+      pool: where the pages come from; several buffers may share it.
+      num_bytes: virtual size, a multiple of the pool's smallest page.
     """
 
-    def __init__(self, memory: _native.Memory, num_bytes: int, page_bytes: int, total_pages: int):
-        self.memory = memory
-        self._pool = _native.PagePool(memory, page_bytes, total_pages)
-        self._buffer = _native.PagedBuffer(self._pool, num_bytes)
+    def __init__(self, pool: PagePool, num_bytes: int):
+        self.pool = pool
+        self.native = _native.PagedBuffer(pool.native, num_bytes)
 
     @property
     def address(self) -> int:
         """First address; it stays the same for the life of the buffer."""
-        return self._buffer.address
-
-    @property
-    def total_pages(self) -> int:
-        """Pages of the pool, in whatever state."""
-        return self._pool.total_pages
-
-    @property
-    def free_pages(self) -> int:
-        """Pages that can be mapped now. Those that were not made yet count."""
-        return self._pool.free_pages
-
-    @property
-    def created_pages(self) -> int:
-        """Pages that take up device memory, mapped or kept for reuse."""
-        return self._pool.created_pages
+        return self.native.address
 
     @property
     def mapped_pages(self) -> int:
-        """Pages that are mapped."""
-        return self._buffer.mapped_pages
+        """What is mapped, in smallest pages."""
+        return self.native.mapped_pages
 
     @property
     def views(self) -> int:
         """Arrays over this buffer that are alive, here or inside a running program."""
-        return self._buffer.views
+        return self.native.views
 
     def map(self, ranges: PageRanges) -> None:
         """Maps zeroed pages to all ranges, or to none.
@@ -89,36 +111,85 @@ class PagedBuffer:
           OutOfPagesError: fewer pages are free than asked for.
           DriverError: the device is out of memory, or a call failed.
         """
-        self._buffer.map(ranges, True)
+        self.native.map(ranges, True)
 
     def unmap(self, ranges: PageRanges) -> None:
-        """Unmaps all ranges, or none. No program may use them any more.
+        """Unmaps all ranges, named as they were mapped, or none. No program may use them any more.
 
         Raises:
           DriverError: a call failed.
         """
-        self._buffer.unmap(ranges)
+        self.native.unmap(ranges)
 
-    def view(self, shape: Sequence[int], dtype: Any) -> jax.Array:
-        """The whole buffer as an array. It is never copied, and it keeps the memory alive.
+    def zero(self, ranges: PageRanges) -> None:
+        """Writes zeros to ranges that are mapped, in pages of whatever size.
+
+        Raises:
+          DriverError: a call failed.
+        """
+        self.native.zero(ranges)
+
+    def view(self, shape: Sequence[int], dtype: Any, offset: int = 0) -> jax.Array:
+        """The buffer, or a part of it from `offset` bytes on, as an array. Never copied; it keeps the memory alive.
 
         Never donate it to a program, print it or convert it with numpy: all of them touch what is not mapped.
         """
-        return jax.dlpack.from_dlpack(_Export(self._buffer, tuple(shape), jnp.dtype(dtype)))
+        return jax.dlpack.from_dlpack(_Export(self.native, tuple(shape), jnp.dtype(dtype), offset))
+
+
+class Mapper:
+    """The background thread: it maps, unmaps and zeroes pages in the order in which it is told to.
+
+    It holds no interpreter lock. Work is handed over in parts, `(buffer, ranges)`, that are done all or not at all. A
+    ticket stands for it: they count up from 1.
+    """
+
+    def __init__(self) -> None:
+        self._native = _native.Mapper()
+
+    def map(self, parts: Sequence[tuple[PagedBuffer, PageRanges]], *, zero: bool) -> int:
+        """Queues mapping pages, zeroed if `zero`. Returns a ticket."""
+        return self._native.map([(buffer.native, ranges) for buffer, ranges in parts], zero)
+
+    def unmap(self, parts: Sequence[tuple[PagedBuffer, PageRanges]]) -> int:
+        """Queues unmapping pages. Returns a ticket."""
+        return self._native.unmap([(buffer.native, ranges) for buffer, ranges in parts])
+
+    def zero(self, parts: Sequence[tuple[PagedBuffer, PageRanges]]) -> int:
+        """Queues writing zeros. Returns a ticket."""
+        return self._native.zero([(buffer.native, ranges) for buffer, ranges in parts])
+
+    @property
+    def completed(self) -> int:
+        """The last ticket whose work is over, done or failed. It waits for nothing."""
+        return self._native.completed
+
+    def wait(self, ticket: int) -> None:
+        """Waits until the work of a ticket is over, without the interpreter lock."""
+        self._native.wait(ticket)
+
+    def raise_if_failed(self, ticket: int) -> None:
+        """Raises what the work of a ticket that is over failed with, once: OutOfPagesError or DriverError."""
+        self._native.raise_if_failed(ticket)
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the thread has been at work."""
+        return self._native.busy_seconds
 
 
 class _Export:
     """What `jax.dlpack.from_dlpack` takes: it refuses a bare capsule."""
 
-    def __init__(self, buffer: Any, shape: tuple[int, ...], dtype: Any):
-        self._buffer, self._shape, self._dtype = buffer, shape, dtype
+    def __init__(self, buffer: Any, shape: tuple[int, ...], dtype: Any, offset: int):
+        self._buffer, self._shape, self._dtype, self._offset = buffer, shape, dtype, offset
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self._buffer.dlpack_device
 
     def __dlpack__(self, *, stream: Any = None, **options: Any) -> object:
         del stream, options  # nothing is in flight on a new view, and no copy is ever made
-        return self._buffer.dlpack(self._shape, self._dtype == jnp.bfloat16, self._dtype.itemsize * 8)
+        return self._buffer.dlpack(self._shape, self._dtype == jnp.bfloat16, self._dtype.itemsize * 8, self._offset)
 
 
 def pool_pages(

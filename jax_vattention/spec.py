@@ -6,7 +6,7 @@ import dataclasses
 import math
 import operator
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,28 +21,136 @@ except what is left of its last page.
 DEFAULT_PAGE_BYTES = 2 * 1024 * 1024
 """The granularity of the stock CUDA driver; the host backend takes it too, and smaller ones."""
 
+Layout = Literal["token_major", "layer_major"]
+
 _DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerGroup:
+    """Layers whose K and V have one shape and one lifetime.
+
+    Args:
+      layers: numbers of the layers.
+      window: sliding window in tokens: a query of position `p` sees the keys `p - window + 1 .. p`, and pages wholly
+        behind every later window are given back while the request lives. None: all keys up to `p`.
+      num_kv_heads, head_dim: where they differ from those of the cache.
+    """
+
+    layers: tuple[int, ...]
+    window: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(operator.index(layer) for layer in self.layers))
+        for name in ("window", "num_kv_heads", "head_dim"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _positive(f"LayerGroup.{name}", getattr(self, name)))
+
+
+@dataclasses.dataclass(frozen=True)
+class KVGroup:
+    """The memory of one group of layers: one or more planes, arrays in which a slot has a row.
+
+    In `token_major` there is one plane, `[num_slots, slot_tokens, layers, 2, num_kv_heads, head_dim]`: the K and V of
+    all layers of one token are neighbours, and index 0 of the fourth axis is K. In `layer_major` each layer has two,
+    K and then V, `[num_slots, slot_tokens, num_kv_heads, head_dim]`.
+
+    A slot grows in all planes alike, so pages are counted in one plane; `planes` times as many are mapped.
+    """
+
+    layers: tuple[int, ...]
+    window: int | None
+    num_kv_heads: int
+    head_dim: int
+    layout: Layout
+    num_slots: int
+    max_seq_len: int
+    dtype: Any
+    page_bytes: int
+
+    @cached_property
+    def planes(self) -> int:
+        """Arrays of this group."""
+        return 1 if self.layout == "token_major" else 2 * len(self.layers)
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Bytes of one token in one plane."""
+        head_bytes = self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return head_bytes * 2 * len(self.layers) if self.layout == "token_major" else head_bytes
+
+    @cached_property
+    def slot_tokens(self) -> int:
+        """Rows that a plane has for a slot: `max_seq_len` rounded up until a slot is a whole number of pages."""
+        multiple = self.page_bytes // math.gcd(self.page_bytes, self.token_bytes)
+        return -(-self.max_seq_len // multiple) * multiple
+
+    @cached_property
+    def slot_pages(self) -> int:
+        """Pages of a slot, in one plane, that is mapped whole."""
+        return self.slot_tokens * self.token_bytes // self.page_bytes
+
+    @cached_property
+    def plane_pages(self) -> int:
+        """Pages from one plane to the next."""
+        return self.num_slots * self.slot_pages
+
+    @cached_property
+    def plane_shape(self) -> tuple[int, ...]:
+        """Shape of each plane."""
+        rows = (self.num_slots, self.slot_tokens)
+        if self.layout == "token_major":
+            return (*rows, len(self.layers), 2, self.num_kv_heads, self.head_dim)
+        return (*rows, self.num_kv_heads, self.head_dim)
+
+    @cached_property
+    def view_bytes(self) -> int:
+        """Virtual bytes of all planes."""
+        return self.planes * self.plane_pages * self.page_bytes
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages of a plane that a slot of `tokens` tokens reaches, counted from its start."""
+        reach = -(-tokens // KV_TAIL_TOKENS) * KV_TAIL_TOKENS
+        return -(-reach * self.token_bytes // self.page_bytes)
+
+    def tokens_in(self, pages: int) -> int:
+        """Whole tokens in the first `pages` pages of a slot; at most `max_seq_len`."""
+        tokens = pages * self.page_bytes // self.token_bytes
+        return min(tokens // KV_TAIL_TOKENS * KV_TAIL_TOKENS, self.max_seq_len)
+
+    def pages_before(self, token: int) -> int:
+        """Pages of a slot that hold nothing of `token` and of what follows it."""
+        return token * self.token_bytes // self.page_bytes
+
+    def first_token_in(self, page: int) -> int:
+        """The first token that lies wholly at or behind the start of a page."""
+        return -(-page * self.page_bytes // self.token_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
 class KVCacheSpec:
     """What one KV cache holds. Arithmetic only: no memory is reserved or mapped here.
 
-    The view of a cache is one array, `[num_slots, slot_tokens, num_layers, 2, num_kv_heads, head_dim]`
-    (token-major: the K and V of all layers of one token are neighbours; index 0 of the fourth axis is K).
-
     Args:
       num_layers: layers that write K and V.
       num_kv_heads: K and V heads of a layer.
       head_dim: elements of one head.
-      num_slots: requests that can be live at once; a slot is a row of the view.
+      num_slots: requests that can be live at once; a slot is a row of every array of the cache.
       max_seq_len: most tokens of one request. Virtual memory costs nothing: choose the model's maximum.
       dtype: element type of K and V: float32, float16 or bfloat16.
-      page_bytes: bytes of one physical page, a multiple of the backend's granularity
+      page_bytes: bytes of the smallest physical page, a multiple of the backend's granularity
         (CUDA: 2 MiB; host: 4 KiB).
+      large_page_bytes: sizes of larger pages, ascending, each a multiple of the one before it; the first of
+        `page_bytes`. Mapping costs per page and not per byte, so long requests are mapped faster with them.
+      layout: `token_major`, one array in which all layers of a token are neighbours; or `layer_major`, two arrays for
+        each layer, for kernels that cannot step over other layers.
+      groups: layers that differ in shape or lifetime. Empty: all layers are one group. Otherwise each layer is in one.
 
     Raises:
-      ValueError, TypeError: a size is not a positive integer, or the dtype is not one of the three.
+      ValueError, TypeError: a size is not a positive integer, the dtype or the layout is unknown, or the groups do
+        not cover the layers.
     """
 
     num_layers: int
@@ -52,74 +160,133 @@ class KVCacheSpec:
     max_seq_len: int
     dtype: Any = jnp.bfloat16
     page_bytes: int = DEFAULT_PAGE_BYTES
+    large_page_bytes: tuple[int, ...] = ()
+    layout: Layout = "token_major"
+    groups: tuple[LayerGroup, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.name == "dtype":
-                continue
-            value = getattr(self, field.name)
-            try:
-                size = operator.index(value)
-            except TypeError:
-                raise TypeError(f"KVCacheSpec.{field.name}: expected a positive integer, got {value!r}") from None
-            if isinstance(value, bool) or size <= 0:
-                raise ValueError(f"KVCacheSpec.{field.name}: expected a positive integer, got {value!r}")
-            object.__setattr__(self, field.name, size)
-        try:
-            dtype = jnp.dtype(self.dtype)
-        except TypeError:
-            raise TypeError(f"KVCacheSpec.dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}") from None
-        if dtype.name not in _DTYPES:
-            raise ValueError(f"KVCacheSpec.dtype: expected one of {', '.join(_DTYPES)}, got {dtype.name}")
-        object.__setattr__(self, "dtype", dtype)
-        if self.slot_tokens > np.iinfo(np.int32).max:
-            raise ValueError(
-                f"KVCacheSpec: max_seq_len={self.max_seq_len} rounded up to whole pages is {self.slot_tokens} tokens; "
-                "positions are int32: choose a smaller max_seq_len or page_bytes"
+        for name in ("num_layers", "num_kv_heads", "head_dim", "num_slots", "max_seq_len", "page_bytes"):
+            object.__setattr__(self, name, _positive(f"KVCacheSpec.{name}", getattr(self, name)))
+        object.__setattr__(self, "dtype", _checked_dtype(self.dtype))
+        object.__setattr__(self, "large_page_bytes", tuple(self.large_page_bytes))
+        below = self.page_bytes
+        for size in self.large_page_bytes:
+            if _positive("KVCacheSpec.large_page_bytes", size) <= below or size % below:
+                raise ValueError(
+                    f"KVCacheSpec.large_page_bytes: expected ascending multiples, the first of page_bytes="
+                    f"{self.page_bytes}, got {self.large_page_bytes}"
+                )
+            below = size
+        if self.layout not in get_args(Layout):
+            raise ValueError(f"KVCacheSpec.layout: expected one of {', '.join(get_args(Layout))}, got {self.layout!r}")
+        object.__setattr__(self, "groups", tuple(self.groups))
+        self._check_groups()
+        for group in self.kv_groups:
+            if group.slot_tokens > np.iinfo(np.int32).max:
+                raise ValueError(
+                    f"KVCacheSpec: max_seq_len={self.max_seq_len} rounded up to whole pages is {group.slot_tokens} "
+                    "tokens; positions are int32: choose a smaller max_seq_len or page_bytes"
+                )
+
+    @cached_property
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        """The groups with everything filled in; one of all layers if none were given."""
+        groups = self.groups or (LayerGroup(tuple(range(self.num_layers))),)
+        return tuple(
+            KVGroup(
+                group.layers,
+                group.window,
+                group.num_kv_heads or self.num_kv_heads,
+                group.head_dim or self.head_dim,
+                self.layout,
+                self.num_slots,
+                self.max_seq_len,
+                self.dtype,
+                self.page_bytes,
             )
+            for group in groups
+        )
+
+    @cached_property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """For each layer: the number of its group, and its index in it."""
+        found = {layer: (g, i) for g, group in enumerate(self.kv_groups) for i, layer in enumerate(group.layers)}
+        return tuple(found[layer] for layer in range(self.num_layers))
 
     @cached_property
     def token_bytes(self) -> int:
         """Bytes of one token: K and V of all layers."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-
-    @cached_property
-    def slot_tokens(self) -> int:
-        """Rows that the view has for a slot: `max_seq_len` rounded up until a slot is a whole number of pages."""
-        multiple = self.page_bytes // math.gcd(self.page_bytes, self.token_bytes)
-        return -(-self.max_seq_len // multiple) * multiple
-
-    @cached_property
-    def slot_bytes(self) -> int:
-        """Virtual bytes from one slot to the next."""
-        return self.slot_tokens * self.token_bytes
-
-    @cached_property
-    def slot_pages(self) -> int:
-        """Pages of a slot that is mapped whole."""
-        return self.slot_bytes // self.page_bytes
-
-    @cached_property
-    def view_shape(self) -> tuple[int, int, int, int, int, int]:
-        """`[num_slots, slot_tokens, num_layers, 2, num_kv_heads, head_dim]`."""
-        return (self.num_slots, self.slot_tokens, self.num_layers, 2, self.num_kv_heads, self.head_dim)
+        return sum(group.token_bytes * group.planes for group in self.kv_groups)
 
     @cached_property
     def view_bytes(self) -> int:
-        """Virtual bytes of the whole view."""
-        return self.num_slots * self.slot_bytes
+        """Virtual bytes of the whole cache."""
+        return sum(group.view_bytes for group in self.kv_groups)
+
+    @cached_property
+    def view_shape(self) -> tuple[int, ...]:
+        """Shape of the one array of a `token_major` cache without groups.
+
+        Raises:
+          ValueError: the cache has several arrays.
+        """
+        if len(self.kv_groups) > 1 or self.kv_groups[0].planes > 1:
+            raise ValueError("this cache has several arrays: see kv_groups, each with its planes and their shape")
+        return self.kv_groups[0].plane_shape
+
+    @cached_property
+    def slot_pages(self) -> int:
+        """Pages of a slot that is mapped whole, in all planes of all groups."""
+        return sum(group.slot_pages * group.planes for group in self.kv_groups)
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        """Physical bytes of a slot that is mapped whole."""
+        return self.slot_pages * self.page_bytes
 
     @property
     def tokens_per_page(self) -> float:
-        """Tokens that one page holds; not a whole number where a token straddles two pages."""
-        return self.page_bytes / self.token_bytes
+        """Tokens that one page of the first group holds; not a whole number where a token straddles two pages."""
+        return self.page_bytes / self.kv_groups[0].token_bytes
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that a slot of `tokens` tokens needs."""
-        reach = -(-tokens // KV_TAIL_TOKENS) * KV_TAIL_TOKENS
-        return -(-reach * self.token_bytes // self.page_bytes)
+        """Pages that a slot of `tokens` tokens needs in all planes of all groups, if no window gives any back."""
+        return sum(group.pages_for(tokens) * group.planes for group in self.kv_groups)
 
     def tokens_in(self, pages: int) -> int:
-        """Whole tokens that `pages` mapped pages hold, counted from the start of a slot; at most `max_seq_len`."""
-        tokens = pages * self.page_bytes // self.token_bytes
-        return min(tokens // KV_TAIL_TOKENS * KV_TAIL_TOKENS, self.max_seq_len)
+        """Most tokens that a slot can hold in `pages` pages; at most `max_seq_len`."""
+        low, high = 0, self.max_seq_len
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.pages_for(middle) <= pages else (low, middle - 1)
+        return low
+
+    def _check_groups(self) -> None:
+        for group in self.groups:
+            if not isinstance(group, LayerGroup):
+                raise TypeError(f"KVCacheSpec.groups: expected LayerGroup, got {group!r}")
+        named = sorted(layer for group in self.groups for layer in group.layers)
+        if self.groups and (named != list(range(self.num_layers)) or not all(group.layers for group in self.groups)):
+            raise ValueError(
+                f"KVCacheSpec.groups: expected each of the layers 0 to {self.num_layers - 1} in one group, got {named}"
+            )
+
+
+def _positive(name: str, value: Any) -> int:
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a positive integer, got {value!r}") from None
+    if isinstance(value, bool) or size <= 0:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    return size
+
+
+def _checked_dtype(value: Any) -> Any:
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        raise TypeError(f"KVCacheSpec.dtype: expected one of {', '.join(_DTYPES)}, got {value!r}") from None
+    if dtype.name not in _DTYPES:
+        raise ValueError(f"KVCacheSpec.dtype: expected one of {', '.join(_DTYPES)}, got {dtype.name}")
+    return dtype

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from jax_vattention import errors
-from jax_vattention.memory import PagedBuffer, open_memory, pool_pages
+from jax_vattention.memory import Mapper, PagedBuffer, PagePool, open_memory, pool_pages
 
 PAGES = 16
 
@@ -26,7 +27,7 @@ def memory(device, strict):
 
 @pytest.fixture
 def buffer(memory, page_bytes):
-    return PagedBuffer(memory, PAGES * page_bytes, page_bytes, total_pages=PAGES // 2)
+    return PagedBuffer(PagePool(memory, [page_bytes], PAGES // 2 * page_bytes), PAGES * page_bytes)
 
 
 def floats(buffer: PagedBuffer, page_bytes: int) -> jax.Array:
@@ -44,7 +45,7 @@ def test_a_view_has_the_reserved_address_and_is_never_copied(buffer, page_bytes,
     assert view.devices() == {device}
     assert buffer.views == 1
     assert buffer.mapped_pages == 0
-    assert buffer.created_pages == 0
+    assert buffer.pool.created_pages == 0
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
@@ -53,96 +54,221 @@ def test_views_of_every_dtype(buffer, page_bytes, dtype):
     assert view.dtype == dtype
 
 
-def test_a_view_must_cover_the_buffer(buffer):
-    with pytest.raises(ValueError, match=r"expected a shape of \d+ bytes, got one of 12"):
-        buffer.view((3,), jnp.float32)
+def test_a_view_must_lie_within_the_buffer(buffer):
+    with pytest.raises(ValueError, match=r"expected a shape and an offset within \d+ bytes"):
+        buffer.view((PAGES << 40,), jnp.float32)
+    with pytest.raises(ValueError, match=r"got a shape of 4 bytes at offset -4"):
+        buffer.view((1,), jnp.float32, -4)
 
 
 def test_mapped_pages_are_zero_and_apart(buffer, page_bytes):
     view = floats(buffer, page_bytes)
-    buffer.map([(0, 1), (5, 2), (PAGES - 1, 1)])
-    assert (buffer.mapped_pages, buffer.free_pages, buffer.created_pages) == (4, 4, 4)
+    buffer.map([(0, 1, 1), (5, 2, 1), (PAGES - 1, 1, 1)])
+    assert (buffer.mapped_pages, buffer.pool.free_pages, buffer.pool.created_pages) == (4, 4, 4)
     for page in (0, 5, 6, PAGES - 1):
         assert page_sum(view, page) == 0
 
 
 def test_unmapped_pages_return_to_the_pool(buffer):
-    buffer.map([(0, 8)])
-    buffer.unmap([(2, 3), (0, 1)])
-    assert (buffer.mapped_pages, buffer.free_pages, buffer.created_pages) == (4, 4, 8)
-    buffer.map([(8, 4)])
-    assert (buffer.mapped_pages, buffer.free_pages, buffer.created_pages) == (8, 0, 8)
+    buffer.map([(0, 8, 1)])
+    buffer.unmap([(2, 3, 1), (0, 1, 1)])
+    assert (buffer.mapped_pages, buffer.pool.free_pages, buffer.pool.created_pages) == (4, 4, 8)
+    buffer.map([(8, 4, 1)])
+    assert (buffer.mapped_pages, buffer.pool.free_pages, buffer.pool.created_pages) == (8, 0, 8)
 
 
 @pytest.mark.parametrize(
-    "ranges", [[(-1, 1)], [(0, 0)], [(PAGES, 1)], [(PAGES - 1, 2)], [(2**62, 2**62)], [(0, 2), (1, 1)]]
+    "ranges", [
+        [(-1, 1, 1)],
+        [(0, 0, 1)],
+        [(PAGES, 1, 1)],
+        [(PAGES - 1, 2, 1)],
+        [(2**62, 2**62, 1)],
+        [(0, 2, 1), (1, 1, 1)],
+        [(0, 1, 0)],
+        [(PAGES - 3, 1, 4)],
+        [(0, 2**32, 2**32)],
+        [(0, 1, 4), (3, 1, 1)],
+    ]
 )
 def test_bad_ranges_change_nothing(buffer, ranges):
     with pytest.raises(ValueError, match=r"outside a buffer|named twice"):
         buffer.map(ranges)
     with pytest.raises(ValueError, match=r"outside a buffer|named twice"):
         buffer.unmap(ranges)
-    assert (buffer.mapped_pages, buffer.free_pages) == (0, 8)
+    assert (buffer.mapped_pages, buffer.pool.free_pages) == (0, 8)
+
+
+def test_a_view_of_a_part_starts_at_its_offset(buffer, page_bytes):
+    buffer.map([(3, 1, 1)])
+    view = buffer.view((page_bytes // 4,), jnp.float32, 3 * page_bytes)
+    assert view.unsafe_buffer_pointer() == buffer.address + 3 * page_bytes
+    assert float(view.sum()) == 0
+
+
+@pytest.fixture
+def mixed(memory, page_bytes):
+    """Pages of 1, 2 and 8 smallest pages out of a budget of 8."""
+    return PagedBuffer(PagePool(memory, [page_bytes, 2 * page_bytes, 8 * page_bytes], 8 * page_bytes), 16 * page_bytes)
+
+
+def test_pages_of_several_sizes_share_one_budget(mixed, page_bytes):
+    view = floats(mixed, page_bytes)
+    mixed.map([(0, 2, 2), (4, 1, 1)])
+    assert (mixed.mapped_pages, mixed.pool.free_pages, mixed.pool.created_pages) == (5, 3, 5)
+    assert [page_sum(view, page) for page in range(5)] == [0] * 5
+    with pytest.raises(errors.OutOfPagesError, match="needed 4 pages of .*, 3 of 8 are free"):
+        mixed.map([(8, 2, 2)])
+    with pytest.raises(ValueError, match="page 1 is not mapped, or in another size"):
+        mixed.unmap([(1, 1, 1)])
+    with pytest.raises(ValueError, match="page 3 is mapped already"):
+        mixed.map([(3, 1, 1)])
+    mixed.unmap([(0, 2, 2), (4, 1, 1)])
+    assert mixed.pool.counts() == {page_bytes: (1, 1), 2 * page_bytes: (2, 2), 8 * page_bytes: (0, 0)}
+
+
+def test_the_split_of_the_budget_follows_the_load(mixed, page_bytes):
+    mixed.map([(0, 8, 1)])
+    mixed.unmap([(0, 8, 1)])
+    mixed.map([(0, 1, 8)])  # out of the bytes of eight small pages
+    assert mixed.pool.counts() == {page_bytes: (0, 0), 2 * page_bytes: (0, 0), 8 * page_bytes: (1, 0)}
+    mixed.unmap([(0, 1, 8)])
+    mixed.map([(0, 1, 1), (1, 3, 2)])
+    assert mixed.pool.counts() == {page_bytes: (1, 0), 2 * page_bytes: (3, 0), 8 * page_bytes: (0, 0)}
+    assert (mixed.pool.free_pages, mixed.pool.created_pages) == (1, 7)
+
+
+@pytest.mark.parametrize("sizes", [[], [4, 4], [8, 4], [4, 6]])
+def test_sizes_must_ascend_in_multiples(memory, page_bytes, sizes):
+    with pytest.raises(ValueError, match=r"page_bytes: expected"):
+        PagePool(memory, [size * page_bytes // 4 * 4 for size in sizes], 1 << 24)
+
+
+def test_zeroing(buffer, page_bytes, device):
+    view = floats(buffer, page_bytes)
+    buffer.map([(2, 2, 1)])
+    with pytest.raises(ValueError, match="page 2 or one behind it is not mapped"):
+        buffer.zero([(2, 3, 1)])
+    buffer.zero([(2, 1, 1), (3, 1, 1)])
+    assert page_sum(view, 2) == page_sum(view, 3) == 0
+
+
+def test_the_mapper_works_in_order_and_keeps_errors(buffer, memory, page_bytes):
+    mapper = Mapper()
+    tickets = [
+        mapper.map([(buffer, [(0, 4, 1)])], zero=True),
+        mapper.map([(buffer, [(2, 1, 1)])], zero=True),  # fails: mapped already
+        mapper.unmap([(buffer, [(0, 2, 1)])]),
+        mapper.zero([(buffer, [(2, 2, 1)])]),
+    ]
+    assert tickets == [1, 2, 3, 4]
+    mapper.wait(4)
+    assert mapper.completed == 4
+    for ticket in (1, 3, 4):
+        mapper.raise_if_failed(ticket)
+    with pytest.raises(ValueError, match="page 2 is mapped already"):
+        mapper.raise_if_failed(2)
+    mapper.raise_if_failed(2)  # once
+    assert buffer.mapped_pages == 2
+    assert mapper.busy_seconds > 0
+
+
+def test_work_on_several_buffers_is_done_whole_or_not_at_all(memory, page_bytes):
+    pool = PagePool(memory, [page_bytes], 8 * page_bytes)
+    first, second = PagedBuffer(pool, PAGES * page_bytes), PagedBuffer(pool, PAGES * page_bytes)
+    mapper = Mapper()
+    for failures in range(100):
+        memory.inject_failure(failures, False)
+        ticket = mapper.map([(first, [(0, 2, 1)]), (second, [(1, 2, 1)])], zero=True)
+        mapper.wait(ticket)
+        memory.inject_failure(2**40, False)
+        try:
+            mapper.raise_if_failed(ticket)
+        except errors.DriverError:
+            assert (first.mapped_pages, second.mapped_pages, pool.free_pages) == (0, 0, 8)
+        else:
+            break
+    assert failures >= 6
+    for failures in range(4):
+        memory.inject_failure(failures, False)
+        ticket = mapper.unmap([(first, [(0, 2, 1)]), (second, [(1, 2, 1)])])
+        mapper.wait(ticket)
+        memory.inject_failure(2**40, False)
+        with pytest.raises(errors.DriverError, match="unmapping"):
+            mapper.raise_if_failed(ticket)
+        assert (first.mapped_pages, second.mapped_pages, pool.free_pages) == (2, 2, 4)
+
+
+def test_the_mapper_does_not_hold_the_interpreter(buffer, memory):
+    memory.set_delay(20_000)
+    mapper = Mapper()
+    start = time.perf_counter()
+    ticket = mapper.map([(buffer, [(0, 4, 1)])], zero=True)
+    assert mapper.completed < ticket
+    assert time.perf_counter() - start < 0.02 * 4
+    del mapper  # does what is queued, then ends
+    memory.set_delay(0)
+    assert buffer.mapped_pages == 4
 
 
 def test_mapping_twice_and_unmapping_what_is_not_mapped(buffer):
-    buffer.map([(3, 2)])
+    buffer.map([(3, 2, 1)])
     with pytest.raises(ValueError, match="page 4 is mapped already"):
-        buffer.map([(0, 1), (4, 1)])
+        buffer.map([(0, 1, 1), (4, 1, 1)])
     with pytest.raises(ValueError, match="page 5 is not mapped"):
-        buffer.unmap([(3, 3)])
-    assert (buffer.mapped_pages, buffer.free_pages) == (2, 6)
+        buffer.unmap([(3, 3, 1)])
+    assert (buffer.mapped_pages, buffer.pool.free_pages) == (2, 6)
 
 
 def test_a_full_pool_changes_nothing(buffer):
-    buffer.map([(0, 5)])
+    buffer.map([(0, 5, 1)])
     with pytest.raises(errors.OutOfPagesError, match=r"needed 4 pages of .* 3 of 8 are free"):
-        buffer.map([(6, 4)])
-    assert (buffer.mapped_pages, buffer.free_pages) == (5, 3)
-    buffer.map([(6, 3)])
+        buffer.map([(6, 4, 1)])
+    assert (buffer.mapped_pages, buffer.pool.free_pages) == (5, 3)
+    buffer.map([(6, 3, 1)])
 
 
 @pytest.mark.parametrize("out_of_memory", [True, False])
 def test_a_failure_at_any_call_of_map_changes_nothing(buffer, memory, page_bytes, out_of_memory):
     view = floats(buffer, page_bytes)
-    buffer.map([(0, 2)])
+    buffer.map([(0, 2, 1)])
     failures = 0
     while True:
         memory.inject_failure(failures, out_of_memory)
         try:
-            buffer.map([(4, 2), (9, 1)])
+            buffer.map([(4, 2, 1), (9, 1, 1)])
         except errors.DriverError as error:
             failures += 1
             assert "injected failure" in str(error)
             assert error.call in str(error)
             assert error.out_of_memory is out_of_memory
-            assert (buffer.mapped_pages, buffer.free_pages) == (2, 6)
+            assert (buffer.mapped_pages, buffer.pool.free_pages) == (2, 6)
             assert page_sum(view, 0) == 0
         else:
             break
     # Three pages to make and to map, two ranges to zero; CUDA has a call more for each mapping.
     assert failures >= 3 + 2
-    assert (buffer.mapped_pages, buffer.free_pages) == (5, 3)
+    assert (buffer.mapped_pages, buffer.pool.free_pages) == (5, 3)
     memory.inject_failure(2**40, True)
 
 
 def test_a_failure_at_any_call_of_unmap_changes_nothing(buffer, memory, page_bytes):
     view = floats(buffer, page_bytes)
-    buffer.map([(0, 4)])
+    buffer.map([(0, 4, 1)])
     for failures in range(4):
         memory.inject_failure(failures, False)
         with pytest.raises(errors.DriverError, match=r"unmapping .* bytes at 0x"):
-            buffer.unmap([(0, 4)])
-        assert (buffer.mapped_pages, buffer.free_pages) == (4, 4)
+            buffer.unmap([(0, 4, 1)])
+        assert (buffer.mapped_pages, buffer.pool.free_pages) == (4, 4)
         assert [page_sum(view, page) for page in range(4)] == [0] * 4
-    buffer.unmap([(0, 4)])
-    assert (buffer.mapped_pages, buffer.free_pages) == (0, 8)
+    buffer.unmap([(0, 4, 1)])
+    assert (buffer.mapped_pages, buffer.pool.free_pages) == (0, 8)
 
 
 def test_a_view_outlives_the_buffer(buffer, page_bytes, device):
     view = floats(buffer, page_bytes)
-    buffer.map([(1, 1)])
-    native = buffer._buffer
+    buffer.map([(1, 1, 1)])
+    native = buffer.native
     del buffer
     gc.collect()
     assert native.views == 1
@@ -155,7 +281,7 @@ def test_a_view_outlives_the_buffer(buffer, page_bytes, device):
 @pytest.mark.parametrize("page", [0, 100, 4095, 4097, 6000])
 def test_pages_must_fit_the_granularity(memory, page):
     with pytest.raises(ValueError, match=r"expected a multiple of the (host|cuda) backend's granularity"):
-        PagedBuffer(memory, 1 << 21, page, 1)
+        PagePool(memory, [page], 1 << 21)
 
 
 def test_memory_info(memory):
@@ -165,10 +291,10 @@ def test_memory_info(memory):
 
 def test_address_space_is_not_memory(memory, page_bytes):
     tebibyte = 1 << 40
-    buffer = PagedBuffer(memory, tebibyte, page_bytes, 4)
+    buffer = PagedBuffer(PagePool(memory, [page_bytes], 4 * page_bytes), tebibyte)
     view = buffer.view((tebibyte // 4,), jnp.float32)
     last = tebibyte // page_bytes - 1
-    buffer.map([(last, 1)])
+    buffer.map([(last, 1, 1)])
     with jax.enable_x64(True):
         at = jax.device_put(np.int64(tebibyte // 4 - 8), view.device)
         read = jax.jit(lambda x, i: jax.lax.dynamic_slice(x, (i,), (8,)).sum())(view, at)
@@ -207,7 +333,7 @@ def host_run(code: str) -> subprocess.CompletedProcess:
 
 
 READ_UNMAPPED = """
-    buffer = PagedBuffer(open_memory(jax.devices("cpu")[0], strict={strict}), 1 << 20, 4096, 8)
+    buffer = PagedBuffer(PagePool(open_memory(jax.devices("cpu")[0], strict={strict}), [4096], 8 * 4096), 1 << 20)
     view = buffer.view((1 << 18,), jnp.float32)
     print("read", float(jax.jit(lambda x: jax.lax.dynamic_slice(x, (5000,), (8,)).sum())(view)))
 """
@@ -228,9 +354,9 @@ def test_unmapped_host_memory_faults_in_strict_mode():
 def test_shutdown_in_any_order_is_silent(order):
     result = host_run(f"""
         memory = open_memory(jax.devices("cpu")[0], strict=True)
-        buffer = PagedBuffer(memory, 1 << 20, 4096, 8)
+        buffer = PagedBuffer(PagePool(memory, [4096], 8 * 4096), 1 << 20)
         view = buffer.view((1 << 18,), jnp.float32)
-        buffer.map([(0, 3)])
+        buffer.map([(0, 3, 1)])
         for name in "{order}".split(", "):
             if name: del globals()[name]
         print("end")
@@ -247,14 +373,14 @@ def test_nothing_leaks_on_the_host():
             return len(os.listdir("/proc/self/fd")), maps
         def once(fail_at):
             memory = open_memory(jax.devices("cpu")[0])
-            buffer = PagedBuffer(memory, 1 << 22, 4096, 64)
+            buffer = PagedBuffer(PagePool(memory, [4096], 64 * 4096), 1 << 22)
             view = buffer.view((1 << 20,), jnp.float32)
             memory.inject_failure(fail_at, True)
             for ranges in ([(0, 4), (9, 3)], [(20, 8)]):
                 try: buffer.map(ranges)
                 except Exception: pass
             memory.inject_failure(1, True)
-            try: buffer.unmap([(20, 2)])
+            try: buffer.unmap([(20, 2, 1)])
             except Exception: pass
         once(0); before = used()
         for i in range(40): once(i)

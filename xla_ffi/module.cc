@@ -4,13 +4,16 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
+#include <cstdio>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "dlpack.h"
 #include "handlers.h"
+#include "mapper.h"
 #include "paged_buffer.h"
 
 namespace py = pybind11;
@@ -46,19 +49,22 @@ dlpack::Device DeviceOf(const PagedBuffer& buffer) {
   return {dlpack::kCpu, 0};
 }
 
-py::capsule ToDlpack(const std::shared_ptr<ExportedBuffer>& buffer, std::vector<int64_t> shape, bool bfloat,
-                     int bits) {
+// A tensor over part of a buffer, from `offset` bytes on.
+py::capsule ToDlpack(const std::shared_ptr<ExportedBuffer>& buffer, std::vector<int64_t> shape, bool bfloat, int bits,
+                     int64_t offset) {
   int64_t bytes = bits / 8;
   for (const int64_t size : shape) bytes *= size;
-  if (bytes != static_cast<int64_t>(buffer->buffer.bytes())) {
-    throw std::invalid_argument("view: expected a shape of " + std::to_string(buffer->buffer.bytes()) +
-                                " bytes, got one of " + std::to_string(bytes));
+  const int64_t whole = static_cast<int64_t>(buffer->buffer.bytes());
+  if (offset < 0 || bytes > whole || offset > whole - bytes) {
+    throw std::invalid_argument("view: expected a shape and an offset within " + std::to_string(whole) +
+                                " bytes, got a shape of " + std::to_string(bytes) + " bytes at offset " +
+                                std::to_string(offset));
   }
   auto exported = std::make_unique<Export>();
   exported->shape = std::move(shape);
   exported->buffer = buffer;
   dlpack::Tensor& tensor = exported->managed.tensor;
-  tensor.data = reinterpret_cast<void*>(buffer->buffer.address());
+  tensor.data = reinterpret_cast<void*>(buffer->buffer.address() + offset);
   tensor.device = DeviceOf(buffer->buffer);
   tensor.ndim = static_cast<int32_t>(exported->shape.size());
   tensor.dtype = {bfloat ? dlpack::kBfloat : dlpack::kFloat, static_cast<uint8_t>(bits), 1};
@@ -78,11 +84,55 @@ py::capsule ToDlpack(const std::shared_ptr<ExportedBuffer>& buffer, std::vector<
   return capsule;
 }
 
-std::vector<PageRange> Ranges(const std::vector<std::pair<int64_t, int64_t>>& ranges) {
+using RangeList = std::vector<std::tuple<int64_t, int64_t, int64_t>>;  // (page, count, span)
+// Work on several buffers that is done as a whole.
+using Work = std::vector<std::pair<std::shared_ptr<ExportedBuffer>, std::vector<PageRange>>>;
+
+std::vector<PageRange> Ranges(const RangeList& ranges) {
   std::vector<PageRange> result;
   result.reserve(ranges.size());
-  for (const auto& [page, count] : ranges) result.push_back({page, count});
+  for (const auto& [page, count, span] : ranges) result.push_back({page, count, span});
   return result;
+}
+
+Work WorkOf(const std::vector<std::pair<std::shared_ptr<ExportedBuffer>, RangeList>>& parts) {
+  Work work;
+  work.reserve(parts.size());
+  for (const auto& [buffer, ranges] : parts) work.emplace_back(buffer, Ranges(ranges));
+  return work;
+}
+
+// All or nothing over all buffers, as each buffer is over its ranges.
+void MapAll(const Work& work, bool zero) {
+  size_t done = 0;
+  try {
+    for (; done < work.size(); ++done) work[done].first->buffer.Map(work[done].second, zero);
+  } catch (...) {
+    while (done-- > 0) {
+      try {
+        work[done].first->buffer.Unmap(work[done].second);
+      } catch (const std::exception& error) {
+        std::fprintf(stderr, "jax_vattention: undoing a mapping failed: %s\n", error.what());
+      }
+    }
+    throw;
+  }
+}
+
+void UnmapAll(const Work& work) {
+  size_t done = 0;
+  try {
+    for (; done < work.size(); ++done) work[done].first->buffer.Unmap(work[done].second);
+  } catch (...) {
+    while (done-- > 0) {
+      try {
+        work[done].first->buffer.Map(work[done].second, false);
+      } catch (const std::exception& error) {
+        std::fprintf(stderr, "jax_vattention: mapping again failed: %s\n", error.what());
+      }
+    }
+    throw;
+  }
 }
 
 template <typename Handler>
@@ -126,15 +176,24 @@ PYBIND11_MODULE(_native, module) {
              const MemoryInfo info = memory.Info();
              return std::make_pair(info.free_bytes, info.total_bytes);
            })
-      .def("inject_failure", &Memory::InjectFailure, py::arg("calls"), py::arg("out_of_memory"));
+      .def("inject_failure", &Memory::InjectFailure, py::arg("calls"), py::arg("out_of_memory"))
+      .def("set_delay", &Memory::SetDelay, py::arg("microseconds"));
 
   py::class_<PagePool, std::shared_ptr<PagePool>>(module, "PagePool")
-      .def(py::init<std::shared_ptr<Memory>, size_t, int64_t>(), py::arg("memory"), py::arg("page_bytes"),
-           py::arg("total_pages"))
+      .def(py::init<std::shared_ptr<Memory>, std::vector<size_t>, size_t>(), py::arg("memory"), py::arg("page_bytes"),
+           py::arg("total_bytes"))
       .def_property_readonly("page_bytes", &PagePool::page_bytes)
-      .def_property_readonly("total_pages", &PagePool::total_pages)
-      .def_property_readonly("free_pages", &PagePool::free_pages)
-      .def_property_readonly("created_pages", &PagePool::created_pages);
+      .def_property_readonly("total_bytes", &PagePool::total_bytes)
+      .def_property_readonly("free_bytes", &PagePool::free_bytes)
+      .def_property_readonly("created_bytes", &PagePool::created_bytes)
+      .def("counts", [](const PagePool& self) {
+        std::vector<std::tuple<size_t, int64_t, int64_t>> counts;
+        py::gil_scoped_release unlocked;
+        for (const PagePool::Count& count : self.counts()) {
+          counts.emplace_back(count.page_bytes, count.created, count.idle);
+        }
+        return counts;
+      });
 
   py::class_<ExportedBuffer, std::shared_ptr<ExportedBuffer>>(module, "PagedBuffer")
       .def(py::init<std::shared_ptr<PagePool>, size_t>(), py::arg("pool"), py::arg("bytes"))
@@ -147,10 +206,10 @@ PYBIND11_MODULE(_native, module) {
                                const dlpack::Device device = DeviceOf(self.buffer);
                                return std::make_pair(device.type, device.id);
                              })
-      .def("dlpack", &ToDlpack, py::arg("shape"), py::arg("bfloat"), py::arg("bits"))
+      .def("dlpack", &ToDlpack, py::arg("shape"), py::arg("bfloat"), py::arg("bits"), py::arg("offset"))
       .def(
           "map",
-          [](ExportedBuffer& self, const std::vector<std::pair<int64_t, int64_t>>& ranges, bool zero) {
+          [](ExportedBuffer& self, const RangeList& ranges, bool zero) {
             const std::vector<PageRange> checked = Ranges(ranges);
             py::gil_scoped_release unlocked;
             self.buffer.Map(checked, zero);
@@ -158,12 +217,46 @@ PYBIND11_MODULE(_native, module) {
           py::arg("ranges"), py::arg("zero"))
       .def(
           "unmap",
-          [](ExportedBuffer& self, const std::vector<std::pair<int64_t, int64_t>>& ranges) {
+          [](ExportedBuffer& self, const RangeList& ranges) {
             const std::vector<PageRange> checked = Ranges(ranges);
             py::gil_scoped_release unlocked;
             self.buffer.Unmap(checked);
           },
+          py::arg("ranges"))
+      .def(
+          "zero",
+          [](ExportedBuffer& self, const RangeList& ranges) {
+            const std::vector<PageRange> checked = Ranges(ranges);
+            py::gil_scoped_release unlocked;
+            self.buffer.Zero(checked);
+          },
           py::arg("ranges"));
+
+  using Parts = std::vector<std::pair<std::shared_ptr<ExportedBuffer>, RangeList>>;
+  py::class_<Mapper>(module, "Mapper")
+      .def(py::init<>())
+      .def(
+          "map",
+          [](Mapper& self, const Parts& parts, bool zero) {
+            return self.Submit([work = WorkOf(parts), zero] { MapAll(work, zero); });
+          },
+          py::arg("parts"), py::arg("zero"))
+      .def(
+          "unmap",
+          [](Mapper& self, const Parts& parts) { return self.Submit([work = WorkOf(parts)] { UnmapAll(work); }); },
+          py::arg("parts"))
+      .def(
+          "zero",
+          [](Mapper& self, const Parts& parts) {
+            return self.Submit([work = WorkOf(parts)] {
+              for (const auto& [buffer, ranges] : work) buffer->buffer.Zero(ranges);
+            });
+          },
+          py::arg("parts"))
+      .def_property_readonly("completed", &Mapper::completed)
+      .def("wait", &Mapper::Wait, py::arg("ticket"), Unlocked())
+      .def("raise_if_failed", &Mapper::ThrowIfFailed, py::arg("ticket"))
+      .def_property_readonly("busy_seconds", [](const Mapper& self) { return self.counts().busy_seconds; });
 
   module.def("load_append_kernel", [](int ordinal, const py::bytes& image) {
     const std::string copy = image;

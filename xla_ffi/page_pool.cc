@@ -1,61 +1,121 @@
 #include "page_pool.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
 namespace jax_vattention {
 
-PagePool::PagePool(std::shared_ptr<Memory> memory, size_t page_bytes, int64_t total_pages)
-    : memory_(std::move(memory)), page_bytes_(page_bytes), total_pages_(total_pages) {
-  const size_t granularity = memory_->granularity();
-  if (page_bytes == 0 || page_bytes % granularity != 0) {
-    throw std::invalid_argument("page_bytes: expected a multiple of the " + std::string(memory_->platform()) +
-                                " backend's granularity, " + std::to_string(granularity) + " bytes, got " +
-                                std::to_string(page_bytes));
+PagePool::PagePool(std::shared_ptr<Memory> memory, std::vector<size_t> page_bytes, size_t total_bytes)
+    : memory_(std::move(memory)) {
+  size_t unit = memory_->granularity();
+  for (const size_t bytes : page_bytes) {
+    const bool first = shelves_.empty();
+    if (bytes == 0 || bytes % unit != 0 || (!first && bytes == unit)) {
+      throw std::invalid_argument(
+          "page_bytes: expected a multiple of " +
+          (first ? "the " + std::string(memory_->platform()) + " backend's granularity, " : "the size before it, ") +
+          std::to_string(unit) + " bytes, got " + std::to_string(bytes));
+    }
+    shelves_.emplace_back(bytes);
+    unit = bytes;
   }
-  if (total_pages <= 0) {
-    throw std::invalid_argument("the pool is too small for one page of " + std::to_string(page_bytes) +
+  if (shelves_.empty()) throw std::invalid_argument("page_bytes: expected at least one size, got none");
+  total_bytes_ = total_bytes / this->page_bytes() * this->page_bytes();
+  if (total_bytes_ == 0) {
+    throw std::invalid_argument("the pool is too small for one page of " + std::to_string(this->page_bytes()) +
                                 " bytes: give it more bytes, or choose smaller pages");
   }
 }
 
-std::vector<Page> PagePool::Take(int64_t count) {
+std::vector<Page> PagePool::Take(const std::vector<size_t>& sizes) {
   std::lock_guard<std::mutex> lock(mutex_);
-  const int64_t available = total_pages_ - taken_;
-  if (count > available) {
-    throw OutOfPages("needed " + std::to_string(count) + " pages of " + std::to_string(page_bytes_) + " bytes, " +
-                     std::to_string(available) + " of " + std::to_string(total_pages_) + " are free");
+  size_t needed = 0;
+  for (const size_t bytes : sizes) {
+    ShelfOf(bytes);
+    needed += bytes;
   }
-  std::vector<Page> pages;
-  pages.reserve(count);
-  while (static_cast<int64_t>(pages.size()) < count && !free_.empty()) {
-    pages.push_back(std::move(free_.back()));
-    free_.pop_back();
+  if (needed > free_bytes()) {
+    throw OutOfPages("needed " + std::to_string(needed / page_bytes()) + " pages of " + std::to_string(page_bytes()) +
+                     " bytes, " + std::to_string(free_bytes() / page_bytes()) + " of " +
+                     std::to_string(total_bytes_ / page_bytes()) + " are free");
+  }
+  std::vector<std::optional<Page>> found(sizes.size());
+  const auto put_back = [&] {
+    for (std::optional<Page>& page : found) {
+      if (page) ShelfOf(page->bytes()).idle.push_back(std::move(*page));
+    }
+  };
+  // Idle pages first, all of them: what is idle after that may be released to make others.
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    std::vector<Page>& idle = ShelfOf(sizes[i]).idle;
+    if (idle.empty()) continue;
+    found[i].emplace(std::move(idle.back()));
+    idle.pop_back();
   }
   try {
-    while (static_cast<int64_t>(pages.size()) < count) pages.emplace_back(memory_, page_bytes_);
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      if (!found[i]) found[i].emplace(Make(ShelfOf(sizes[i])));
+    }
   } catch (...) {
-    for (Page& page : pages) free_.push_back(std::move(page));
+    put_back();
     throw;
   }
-  taken_ += count;
+  std::vector<Page> pages;
+  pages.reserve(sizes.size());
+  for (std::optional<Page>& page : found) pages.push_back(std::move(*page));
+  taken_bytes_ += needed;
   return pages;
+}
+
+Page PagePool::Make(Shelf& shelf) {
+  while (created_bytes_ + shelf.page_bytes > total_bytes_) ReleaseOne();
+  for (;;) {
+    try {
+      Page page(memory_, shelf.page_bytes);
+      ++shelf.created;
+      created_bytes_ += shelf.page_bytes;
+      return page;
+    } catch (const DriverError& error) {
+      // The device may be full because of what lies idle here.
+      if (!error.out_of_memory || !ReleaseOne()) throw;
+    }
+  }
+}
+
+bool PagePool::ReleaseOne() {
+  for (auto shelf = shelves_.rbegin(); shelf != shelves_.rend(); ++shelf) {
+    if (shelf->idle.empty()) continue;
+    shelf->idle.pop_back();
+    --shelf->created;
+    created_bytes_ -= shelf->page_bytes;
+    return true;
+  }
+  return false;
 }
 
 void PagePool::Give(std::vector<Page> pages) noexcept {
   std::lock_guard<std::mutex> lock(mutex_);
-  taken_ -= static_cast<int64_t>(pages.size());
-  for (Page& page : pages) free_.push_back(std::move(page));
+  for (Page& page : pages) {
+    taken_bytes_ -= page.bytes();
+    ShelfOf(page.bytes()).idle.push_back(std::move(page));
+  }
 }
 
-int64_t PagePool::free_pages() const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return total_pages_ - taken_;
+PagePool::Shelf& PagePool::ShelfOf(size_t bytes) {
+  for (Shelf& shelf : shelves_) {
+    if (shelf.page_bytes == bytes) return shelf;
+  }
+  throw std::invalid_argument("the pool has no pages of " + std::to_string(bytes) + " bytes");
 }
 
-int64_t PagePool::created_pages() const {
+std::vector<PagePool::Count> PagePool::counts() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return static_cast<int64_t>(free_.size()) + taken_;
+  std::vector<Count> counts;
+  for (const Shelf& shelf : shelves_) {
+    counts.push_back({shelf.page_bytes, shelf.created, static_cast<int64_t>(shelf.idle.size())});
+  }
+  return counts;
 }
 
 }  // namespace jax_vattention

@@ -21,77 +21,127 @@ PagedBuffer::~PagedBuffer() {
   pool_->Give(std::move(pages));
 }
 
-std::vector<int64_t> PagedBuffer::Expand(const std::vector<PageRange>& ranges) const {
+std::vector<PagedBuffer::Place> PagedBuffer::Expand(const std::vector<PageRange>& ranges) const {
   const int64_t pages = static_cast<int64_t>(bytes() / pool_->page_bytes());
-  std::vector<int64_t> numbers;
+  std::vector<Place> places;
   for (const PageRange& range : ranges) {
-    if (range.page < 0 || range.count <= 0 || range.count > pages || range.page > pages - range.count) {
-      throw std::invalid_argument(std::to_string(range.count) + " pages from page " + std::to_string(range.page) +
+    const bool positive = range.page >= 0 && range.count > 0 && range.span > 0;
+    if (!positive || range.span > pages || range.count > pages / range.span ||
+        range.page > pages - range.count * range.span) {
+      throw std::invalid_argument(std::to_string(range.count) + " pages of " + std::to_string(range.span) +
+                                  " smallest pages from page " + std::to_string(range.page) +
                                   " are outside a buffer of " + std::to_string(pages) + " pages");
     }
-    for (int64_t i = 0; i < range.count; ++i) numbers.push_back(range.page + i);
+    for (int64_t i = 0; i < range.count; ++i) places.push_back({range.page + i * range.span, range.span});
   }
-  std::sort(numbers.begin(), numbers.end());
-  const auto twice = std::adjacent_find(numbers.begin(), numbers.end());
-  if (twice != numbers.end()) throw std::invalid_argument("page " + std::to_string(*twice) + " is named twice");
-  return numbers;
+  std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.page < b.page; });
+  for (size_t i = 1; i < places.size(); ++i) {
+    if (places[i - 1].page + places[i - 1].span > places[i].page) {
+      throw std::invalid_argument("page " + std::to_string(places[i].page) + " is named twice");
+    }
+  }
+  return places;
+}
+
+bool PagedBuffer::Overlaps(const Place& place) const {
+  const auto after = mapped_.lower_bound(place.page);
+  if (after != mapped_.end() && after->first < place.page + place.span) return true;
+  if (after == mapped_.begin()) return false;
+  const auto before = std::prev(after);
+  return before->first + static_cast<int64_t>(before->second.page.bytes() / pool_->page_bytes()) > place.page;
+}
+
+bool PagedBuffer::Covered(int64_t page, int64_t count) const {
+  const int64_t end = page + count;
+  while (page < end) {
+    auto entry = mapped_.upper_bound(page);
+    if (entry == mapped_.begin()) return false;
+    --entry;
+    const int64_t next = entry->first + static_cast<int64_t>(entry->second.page.bytes() / pool_->page_bytes());
+    if (next <= page) return false;
+    page = next;
+  }
+  return true;
+}
+
+std::vector<Memory::Range> PagedBuffer::Addresses(const std::vector<PageRange>& ranges) const {
+  std::vector<Memory::Range> addresses;
+  for (const PageRange& range : ranges) {
+    addresses.push_back({address() + range.page * pool_->page_bytes(), range.count * range.span * pool_->page_bytes()});
+  }
+  return addresses;
 }
 
 Page PagedBuffer::Detach(int64_t number) {
   const auto entry = mapped_.find(number);
   Page page = std::move(entry->second.page);
   mapped_.erase(entry);
+  mapped_pages_ -= static_cast<int64_t>(page.bytes() / pool_->page_bytes());
   return page;
 }
 
 void PagedBuffer::Map(const std::vector<PageRange>& ranges, bool zero) {
   std::lock_guard<std::mutex> lock(mutex_);
-  const std::vector<int64_t> numbers = Expand(ranges);
-  for (const int64_t number : numbers) {
-    if (mapped_.count(number) != 0) throw std::invalid_argument("page " + std::to_string(number) + " is mapped already");
+  const std::vector<Place> places = Expand(ranges);
+  std::vector<size_t> sizes;
+  for (const Place& place : places) {
+    if (Overlaps(place)) throw std::invalid_argument("page " + std::to_string(place.page) + " is mapped already");
+    sizes.push_back(place.span * pool_->page_bytes());
   }
-  std::vector<Page> pages = pool_->Take(static_cast<int64_t>(numbers.size()));
+  std::vector<Page> pages = pool_->Take(sizes);
   size_t done = 0;
   try {
-    for (; done < numbers.size(); ++done) {
-      Mapping mapping(reservation_, numbers[done] * pool_->page_bytes(), pages.back());
-      mapped_.try_emplace(numbers[done], MappedPage{std::move(pages.back()), std::move(mapping)});
-      pages.pop_back();
+    for (; done < places.size(); ++done) {
+      // A reference until it is mapped: if that fails the page is still among those to give back.
+      Mapping mapping(reservation_, places[done].page * pool_->page_bytes(), pages[done]);
+      mapped_.try_emplace(places[done].page, MappedPage{std::move(pages[done]), std::move(mapping)});
+      mapped_pages_ += places[done].span;
     }
-    for (const PageRange& range : ranges) {
-      // One call a range: the cost is in the call, not in the bytes.
-      if (zero) {
-        pool_->memory()->Zero(address() + range.page * pool_->page_bytes(), range.count * pool_->page_bytes());
-      }
-    }
+    if (zero) pool_->memory()->Zero(Addresses(ranges));
   } catch (...) {
-    for (size_t i = 0; i < done; ++i) pages.push_back(Detach(numbers[i]));
-    pool_->Give(std::move(pages));
+    std::vector<Page> unused;
+    for (size_t i = 0; i < places.size(); ++i) unused.push_back(i < done ? Detach(places[i].page) : std::move(pages[i]));
+    pool_->Give(std::move(unused));
     throw;
   }
 }
 
 void PagedBuffer::Unmap(const std::vector<PageRange>& ranges) {
   std::lock_guard<std::mutex> lock(mutex_);
-  const std::vector<int64_t> numbers = Expand(ranges);
-  for (const int64_t number : numbers) {
-    if (mapped_.count(number) == 0) throw std::invalid_argument("page " + std::to_string(number) + " is not mapped");
+  const std::vector<Place> places = Expand(ranges);
+  for (const Place& place : places) {
+    const auto entry = mapped_.find(place.page);
+    if (entry == mapped_.end() || entry->second.page.bytes() != place.span * pool_->page_bytes()) {
+      throw std::invalid_argument("page " + std::to_string(place.page) + " is not mapped, or in another size");
+    }
   }
   size_t done = 0;
   try {
-    for (; done < numbers.size(); ++done) mapped_.find(numbers[done])->second.mapping.Unmap();
+    for (; done < places.size(); ++done) mapped_.find(places[done].page)->second.mapping.Unmap();
   } catch (...) {
-    for (size_t i = 0; i < done; ++i) MapAgain(numbers[i], Detach(numbers[i]));
+    for (size_t i = 0; i < done; ++i) MapAgain(places[i].page, Detach(places[i].page));
     throw;
   }
   std::vector<Page> pages;
-  for (const int64_t number : numbers) pages.push_back(Detach(number));
+  for (const Place& place : places) pages.push_back(Detach(place.page));
   pool_->Give(std::move(pages));
+}
+
+void PagedBuffer::Zero(const std::vector<PageRange>& ranges) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Expand(ranges);  // checks
+  for (const PageRange& range : ranges) {
+    if (!Covered(range.page, range.count * range.span)) {
+      throw std::invalid_argument("page " + std::to_string(range.page) + " or one behind it is not mapped");
+    }
+  }
+  pool_->memory()->Zero(Addresses(ranges));
 }
 
 void PagedBuffer::MapAgain(int64_t number, Page page) noexcept {
   try {
     Mapping mapping(reservation_, number * pool_->page_bytes(), page);
+    mapped_pages_ += static_cast<int64_t>(page.bytes() / pool_->page_bytes());
     mapped_.try_emplace(number, MappedPage{std::move(page), std::move(mapping)});
   } catch (const std::exception& error) {
     // Nothing is lost but the place: the page goes back to the pool.
@@ -101,11 +151,6 @@ void PagedBuffer::MapAgain(int64_t number, Page page) noexcept {
     pages.push_back(std::move(page));
     pool_->Give(std::move(pages));
   }
-}
-
-int64_t PagedBuffer::mapped_pages() const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return static_cast<int64_t>(mapped_.size());
 }
 
 }  // namespace jax_vattention

@@ -1,6 +1,8 @@
 #include "vmm.h"
 
+#include <chrono>
 #include <cstdio>
+#include <thread>
 #include <utility>
 
 namespace jax_vattention {
@@ -17,6 +19,7 @@ int64_t Memory::calls() const {
 }
 
 void Memory::CountCall(const char* call, const std::string& state) {
+  if (const int64_t delay = delay_microseconds_) std::this_thread::sleep_for(std::chrono::microseconds(delay));
   std::lock_guard<std::mutex> lock(mutex_);
   ++calls_;
   if (!calls_until_failure_) return;

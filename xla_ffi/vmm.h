@@ -9,12 +9,14 @@
 // Sizes and offsets are in bytes and multiples of Memory::granularity().
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "error.h"
 
@@ -30,6 +32,10 @@ struct MemoryInfo {
 class Memory {
  public:
   using Handle = uint64_t;
+  struct Range {
+    uintptr_t address;
+    size_t bytes;
+  };
 
   virtual ~Memory() = default;
   Memory(const Memory&) = delete;
@@ -45,7 +51,7 @@ class Memory {
   // Attaches a page and makes it readable and writable.
   virtual void Map(uintptr_t address, size_t bytes, Handle page) = 0;
   // Writes zeros to mapped addresses; done when it returns.
-  virtual void Zero(uintptr_t address, size_t bytes) = 0;
+  virtual void Zero(const std::vector<Range>& ranges) = 0;
   // Detaches one mapping. Throws where a caller can still act on it; the destructor of Mapping logs.
   virtual void Unmap(uintptr_t address, size_t bytes) = 0;
 
@@ -55,6 +61,9 @@ class Memory {
   // For tests: lets `calls` more backend calls succeed, then makes one fail with out-of-memory (or with an ordinary
   // error). A clean-up never fails by injection.
   void InjectFailure(int64_t calls, bool out_of_memory);
+
+  // For tests: every backend call takes this much longer, so that work in the background is seen under way.
+  void SetDelay(int64_t microseconds) { delay_microseconds_ = microseconds; }
 
   // Calls into the driver or the kernel since this memory was opened.
   int64_t calls() const;
@@ -69,6 +78,7 @@ class Memory {
   int64_t calls_ = 0;
   std::optional<int64_t> calls_until_failure_;
   bool fail_out_of_memory_ = true;
+  std::atomic<int64_t> delay_microseconds_{0};
 };
 
 // mmap and memfd. Addresses that are not mapped read as zeros, or fault when `strict`.

@@ -13,7 +13,7 @@ using driver::Check;
 using driver::LogIfFailed;
 using driver::ScopedContext;
 
-std::string Range(uintptr_t address, size_t bytes) {
+std::string Describe(uintptr_t address, size_t bytes) {
   char text[64];
   std::snprintf(text, sizeof(text), "%zu bytes at 0x%zx", bytes, static_cast<size_t>(address));
   return text;
@@ -78,11 +78,11 @@ class CudaMemory final : public Memory {
 
   void ReleaseReservation(uintptr_t address, size_t bytes) noexcept override {
     ScopedContext current(context_.get());
-    if (current.ok()) LogIfFailed(api_.cuMemAddressFree(address, bytes), "cuMemAddressFree", Range(address, bytes));
+    if (current.ok()) LogIfFailed(api_.cuMemAddressFree(address, bytes), "cuMemAddressFree", Describe(address, bytes));
   }
 
   void Map(uintptr_t address, size_t bytes, Handle page) override {
-    const std::string state = "mapping " + Range(address, bytes);
+    const std::string state = "mapping " + Describe(address, bytes);
     {
       const Scope scope(*this, "cuMemMap", state);
       scope.Check(api_.cuMemMap(address, bytes, 0, page, 0));
@@ -101,17 +101,21 @@ class CudaMemory final : public Memory {
   }
 
   void Unmap(uintptr_t address, size_t bytes) override {
-    const Scope scope(*this, "cuMemUnmap", "unmapping " + Range(address, bytes));
+    const Scope scope(*this, "cuMemUnmap", "unmapping " + Describe(address, bytes));
     const CUresult result = api_.cuMemUnmap(address, bytes);
     // At process exit the driver has unmapped everything itself.
     if (result == CUDA_ERROR_DEINITIALIZED) return;
     scope.Check(result);
   }
 
-  void Zero(uintptr_t address, size_t bytes) override {
-    const Scope scope(*this, "cuMemsetD8Async", "zeroing " + Range(address, bytes));
-    scope.Check(api_.cuMemsetD8Async(address, 0, bytes, stream_));
-    Check(api_.cuStreamSynchronize(stream_), "cuStreamSynchronize", "zeroing " + Range(address, bytes));
+  void Zero(const std::vector<Range>& ranges) override {
+    for (const Range& range : ranges) {
+      const Scope scope(*this, "cuMemsetD8Async", "zeroing " + Describe(range.address, range.bytes));
+      scope.Check(api_.cuMemsetD8Async(range.address, 0, range.bytes, stream_));
+    }
+    // One wait for all of them: it costs more than the writes.
+    const Scope scope(*this, "cuStreamSynchronize", "zeroing " + std::to_string(ranges.size()) + " ranges");
+    scope.Check(api_.cuStreamSynchronize(stream_));
   }
 
  private:

@@ -33,7 +33,7 @@ const char* ErrnoName(int code) {
 
 void* At(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-std::string Range(uintptr_t address, size_t bytes) {
+std::string Describe(uintptr_t address, size_t bytes) {
   char text[64];
   std::snprintf(text, sizeof(text), "%zu bytes at 0x%zx", bytes, static_cast<size_t>(address));
   return text;
@@ -102,12 +102,12 @@ class HostMemory final : public Memory {
   void ReleaseReservation(uintptr_t address, size_t bytes) noexcept override {
     if (munmap(At(address), bytes) != 0) {
       std::fprintf(stderr, "jax_vattention: munmap failed with %s: %s\n", ErrnoName(errno),
-                   Range(address, bytes).c_str());
+                   Describe(address, bytes).c_str());
     }
   }
 
   void Map(uintptr_t address, size_t bytes, Handle page) override {
-    const std::string state = "mapping " + Range(address, bytes);
+    const std::string state = "mapping " + Describe(address, bytes);
     CountCall("mmap", state);
     if (mmap(At(address), bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd_, page) == MAP_FAILED) {
       Throw("mmap", errno, state);
@@ -116,16 +116,18 @@ class HostMemory final : public Memory {
 
   void Unmap(uintptr_t address, size_t bytes) override {
     // One call both detaches the page and reserves the range again: no other thread can take it in between.
-    const std::string state = "unmapping " + Range(address, bytes);
+    const std::string state = "unmapping " + Describe(address, bytes);
     CountCall("mmap", state);
     if (mmap(At(address), bytes, Protection(), kEmpty | MAP_FIXED, -1, 0) == MAP_FAILED) {
       Throw("mmap", errno, state);
     }
   }
 
-  void Zero(uintptr_t address, size_t bytes) override {
-    CountCall("memset", "zeroing " + Range(address, bytes));
-    std::memset(At(address), 0, bytes);
+  void Zero(const std::vector<Range>& ranges) override {
+    for (const Range& range : ranges) {
+      CountCall("memset", "zeroing " + Describe(range.address, range.bytes));
+      std::memset(At(range.address), 0, range.bytes);
+    }
   }
 
  private:
