@@ -15,6 +15,7 @@ from benchmarks._report import Report
 
 BENCHMARKS = {
     "cpu_generate": "decode and prefill on a CPU, float32: this package and transformers",
+    "manager": "three KV caches in the same memory serve a request trace; the host cost of a step",
     "vmm": "mapping and unmapping pages, and the manager's work between two programs",
 }
 """Each is a module of this package with `add_arguments(parser)` and `run(arguments) -> Report`."""
@@ -76,9 +77,17 @@ def _run(name: str, argv: Sequence[str]) -> int:
 
 
 def _command(name: str, argv: Sequence[str], json_file: str | None) -> str:
-    """What repeats a run. Where the report was written is left out: it may be a folder that others do not have."""
+    """What repeats a run. Folders that others do not have are left out: all of --json, and where an input lay."""
     kept = [value for value in argv if not value.startswith("--json") and not (json_file and value == json_file)]
-    return shlex.join(["python", "-m", "benchmarks", name, *kept])
+    return shlex.join(["python", "-m", "benchmarks", name, *map(_without_folder, kept)])
+
+
+def _without_folder(value: str) -> str:
+    """An argument as it is, but of a path that leads out of the repository only the last part."""
+    option, equals, path = value.rpartition("=")
+    if os.sep not in path or Path(path).resolve().is_relative_to(Path(__file__).resolve().parents[1]):
+        return value
+    return f"{option}{equals}{Path(path).name}"
 
 
 def _table(argv: Sequence[str]) -> int:

@@ -1,4 +1,5 @@
-"""The command line: `generate` continues prompts with a real model, `info` says what there is to run on."""
+"""The command line: `generate` continues prompts with a real model, `info` says what there is to run on, `draw` makes a
+picture of a cache."""
 
 from __future__ import annotations
 
@@ -72,6 +73,17 @@ def _parser() -> argparse.ArgumentParser:
         "info", help="print versions, devices and memory", description="What there is to run on."
     )
     info.set_defaults(run=_info)
+
+    draw = commands.add_parser(
+        "draw",
+        help="make a picture of a cache",
+        description="Draws what manager.snapshot().to_json() returned: the slots with their pages, and the pool.",
+    )
+    draw.set_defaults(run=_draw)
+    draw.add_argument("snapshot", metavar="SNAPSHOT.json")
+    draw.add_argument(
+        "-o", "--output", metavar="FILE.png", help="default: the snapshot's name with .png, in the same folder"
+    )
     return parser
 
 
@@ -288,6 +300,16 @@ def _info(arguments: argparse.Namespace) -> int:
             continue
         print(f"  backend {memory.platform}, granularity {_bytes(memory.granularity)}")
         print(f"  memory: {_bytes(free_bytes)} free of {_bytes(total_bytes)}")
+    return 0
+
+
+def _draw(arguments: argparse.Namespace) -> int:
+    from jax_vattention import picture
+
+    snapshot = picture.load(arguments.snapshot)
+    output = arguments.output or os.path.splitext(arguments.snapshot)[0] + ".png"
+    picture.save(snapshot, output)
+    print(output)
     return 0
 
 

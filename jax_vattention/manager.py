@@ -198,7 +198,7 @@ class KVCacheManager:
             slots = self._slots
             self._pages_live -= int(slots.pages_granted[slot])
             slots.dirty[slot] = max(slots.dirty[slot], slots.granted[slot])
-            slots.lens[slot] = 0
+            slots.lens[slot] = slots.goal[slot] = 0
             slots.grant(slot, 0)
             slots.pages_granted[slot] = 0
             slots.state[slot] = SlotState.RETIRED

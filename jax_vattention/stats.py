@@ -69,6 +69,11 @@ class CacheStats:
     background_failures: int
 
     @property
+    def pages_available(self) -> int:
+        """What slots can still be granted: free pages, and those that are attached but granted to nobody."""
+        return self.pages_free + self.pages_retained
+
+    @property
     def waste(self) -> float:
         """What live slots have been granted and do not fill, as a share of what they fill."""
         return (self.mapped_bytes - self.needed_bytes) / self.needed_bytes if self.needed_bytes else 0.0

@@ -92,7 +92,8 @@ class Watch:
     def check(self) -> None:
         stats = self.manager.stats()
         spec = self.manager.spec
-        assert stats.pages_free + stats.pages_mapped + stats.pages_retired == stats.pages_total
+        pages = stats.pages_free, stats.pages_mapped, stats.pages_retained, stats.pages_retired
+        assert sum(pages) == stats.pages_total
         assert stats.mapped_bytes == stats.pages_mapped * spec.page_bytes
         needed = stats.tokens_live * spec.token_bytes
         assert needed <= stats.mapped_bytes <= needed + stats.slots_live * spec.page_bytes
@@ -104,18 +105,18 @@ class Watch:
         self.check()
         stats = self.manager.stats()
         assert stats.slots_live == 0
-        assert stats.pages_free == stats.pages_total
+        assert stats.pages_available == stats.pages_total
 
-    def _on_step(self, lengths: Mapping[int, int]) -> None:
+    def _on_step(self, lengths: Mapping[int, int], **_) -> None:
         self.lengths.append(dict(lengths))
 
-    def _on_allocate(self) -> None:
+    def _on_allocate(self, *_) -> None:
         self.allocated += 1
 
-    def _watched(self, method: Callable, note: Callable = lambda *_: None) -> Callable:
-        def call(*arguments):
-            result = method(*arguments)
-            note(*arguments)
+    def _watched(self, method: Callable, note: Callable = lambda *_, **__: None) -> Callable:
+        def call(*arguments, **options):
+            result = method(*arguments, **options)
+            note(*arguments, **options)
             self.check()
             return result
 
@@ -189,14 +190,14 @@ def rarest_engine() -> Iterator[tuple[Engine, Watch]]:
 def free_pages(engine: Engine, watch: Watch, pages: int) -> Iterator[None]:
     """Leaves this many pages to the engine: slots that are not its own take the others."""
     manager, spec, slots = engine.manager, engine.manager.spec, []
-    while (surplus := manager.stats().pages_free - pages) > 0:
+    while (surplus := manager.stats().pages_available - pages) > 0:
         slots.append(manager.allocate())
         manager.finish(manager.step({slots[-1]: spec.tokens_in(min(surplus, spec.slot_pages))}))
-    assert manager.stats().pages_free == pages
+    assert manager.stats().pages_available == pages
     watch.allocated = 0
     yield
     assert manager.stats().slots_live == len(slots)
-    assert manager.stats().pages_free == pages
+    assert manager.stats().pages_available == pages
     for slot in slots:
         manager.free(slot)
     watch.check_idle()
@@ -285,7 +286,7 @@ def test_pool_too_small_for_one_request(rarest_engine, requests):
     with free_pages(engine, watch, 3):
         with pytest.raises(OutOfPagesError, match="enlarge the pool"):
             run(engine, [large] * requests)
-        assert engine.manager.stats().pages_free == 3
+        assert engine.manager.stats().pages_available == 3
         assert run(engine, [small] * 4) == [rarest(small.prompt_ids, 28)] * 4
 
 

@@ -154,7 +154,9 @@ class Engine:
     def _step(self, scheduler: Scheduler, sequences: list[Sequence], tokens: list[int]) -> KVCache | None:
         """The cache with room for this many more tokens of each sequence; None where one had to be preempted."""
         try:
-            return self.manager.step(scheduler.lengths(sequences, tokens))
+            return self.manager.step(
+                scheduler.lengths(sequences, tokens), next_lengths=scheduler.next_lengths(sequences, tokens)
+            )
         except OutOfPagesError as error:
             scheduler.preempt(error)
             return None

@@ -69,6 +69,19 @@ class Scheduler:
         """What `KVCacheManager.step` must back so that each sequence can add this many tokens to the cache."""
         return {s.slot: s.cached + count for s, count in zip(sequences, tokens, strict=True) if s.slot is not None}
 
+    def next_lengths(self, sequences: list[Sequence], tokens: list[int]) -> dict[int, int]:
+        """What the step after that will probably have to back, for the manager to map meanwhile."""
+        found = {}
+        for sequence, count in zip(sequences, tokens, strict=True):
+            if sequence.slot is None:
+                continue
+            pending = sequence.pending - count
+            more = min(pending, self._prefill_tokens) if pending > 0 else self._decode_tokens
+            # The last token that is generated is never written.
+            most = len(sequence.tokens) + sequence.tokens_left - 1
+            found[sequence.slot] = min(sequence.cached + count + more, most)
+        return found
+
     def preempt(self, error: OutOfPagesError) -> None:
         """Takes the slot of the request that came last, so that the others can go on.
 
@@ -94,7 +107,7 @@ class Scheduler:
             self._leave(self._running.pop())
 
     def _admit(self) -> None:
-        free_pages = self._manager.stats().pages_free - sum(map(self._missing_pages, self._running))
+        free_pages = self._manager.stats().pages_available - sum(map(self._missing_pages, self._running))
         while self._waiting and self._rows:
             sequence = self._waiting[0]
             needed = self._missing_pages(sequence)
@@ -104,7 +117,7 @@ class Scheduler:
             free_pages -= needed
             self._waiting.popleft()
             sequence.row = self._rows.pop()
-            sequence.slot = self._manager.allocate()
+            sequence.slot = self._manager.allocate(len(sequence.tokens) + sequence.tokens_left - 1)
             self._running.append(sequence)
 
     def _missing_pages(self, sequence: Sequence) -> int:
