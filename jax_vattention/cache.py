@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_vattention import ffi
 from jax_vattention.spec import KVCacheSpec
@@ -16,89 +18,182 @@ GPU_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 device memory; where that is more than there is, its rematerialisation pass computes things twice to make room."""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerView:
+    """K and V of one layer, as kernels take them: in place, whichever the layout.
+
+    In `token_major` both are in `k`, `[num_slots, slot_tokens, layers, 2, num_kv_heads, head_dim]`, and `v` is None.
+    In `layer_major` each is `[num_slots, slot_tokens, num_kv_heads, head_dim]`.
+    """
+
+    k: jax.Array
+    v: jax.Array | None
+    layer: jax.Array
+    """int32 scalar: index of the layer in `k`; 0 in `layer_major`."""
+    mapped: jax.Array
+    """int32 `[2, num_slots]`: the first token of each slot with memory behind it, and one past the last."""
+    window: int | None = dataclasses.field(metadata={"static": True})
+    """A query of position `p` sees the keys `p - window + 1 .. p`; None: `0 .. p`."""
+
+    @property
+    def views(self) -> tuple[jax.Array, jax.Array]:
+        """Where K is and where V is; the same array in `token_major`."""
+        return self.k, self.k if self.v is None else self.v
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K and V heads."""
+        return self.k.shape[-2]
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a head."""
+        return self.k.shape[-1]
+
+
+Views = tuple[tuple[jax.Array, ...], ...]
+"""For each group of layers its planes, as `KVGroup` describes them."""
+
+
 class _Traced:
-    """The view inside a program that is being traced: part of a cache's structure, not one of its leaves."""
+    """The views inside a program that is being traced: part of a cache's structure, not leaves of it."""
 
-    def __init__(self, view: jax.core.Tracer):
-        self._view = weakref.ref(view)  # the structure of an output outlives the trace
-        self._key = id(view)
+    def __init__(self, views: Views):
+        # Weak, for the structure of an output outlives the trace.
+        self._views = tuple(tuple(weakref.ref(plane) for plane in planes) for planes in views)
+        self._key = tuple(id(plane) for planes in views for plane in planes)
 
-    def get(self) -> jax.Array | None:
-        return self._view()
+    def get(self) -> Views | None:
+        views = tuple(tuple(plane() for plane in planes) for planes in self._views)
+        return None if any(plane is None for planes in views for plane in planes) else views  # type: ignore[return-value]
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Traced) and self.get() is not None and self.get() is other.get())
+        if self is other:
+            return True
+        # An id may be in use again once its view is gone.
+        return isinstance(other, _Traced) and self._key == other._key and None not in (self.get(), other.get())
 
     def __hash__(self) -> int:
-        return self._key
+        return hash(self._key)
 
 
 @jax.tree_util.register_pytree_with_keys_class
 class KVCache:
-    """A view of the whole cache, what of it is mapped, and the token that orders writes and reads.
+    """Views of the whole cache, what of it is mapped, and the token that orders writes and reads.
 
     Pass it to a jitted program as an ordinary argument, never donated. Inside, `append` and `attention` each return
     the cache to go on with; it may be carried through `scan`, `while_loop` and `cond`. A program returns the last
     one, or its `order`, for `KVCacheManager.finish`.
 
-    The view does not leave a program. An array that a program returns is a new array, so returning the view would
-    copy all of it, and touch what is not mapped. Inside a program the view is therefore no leaf of this pytree: a
-    cache that comes out has an order token and no view. The next program gets its cache from `KVCacheManager.step`.
+    The views do not leave a program. An array that a program returns is a new array, so returning a view would
+    copy all of it, and touch what is not mapped. Inside a program the views are therefore no leaves of this pytree: a
+    cache that comes out has an order token and no views. The next program gets its cache from `KVCacheManager.step`.
 
     Args:
-      view: `[num_slots, slot_tokens, num_layers, 2, num_kv_heads, head_dim]`; index 0 of the fourth axis is K, 1 V.
-      mapped_lens: int32 `[num_slots]`: tokens of each slot with memory behind them.
-      order: int32 `[4]`: the order token. It is a status too: (writes dropped, slot, position and mapped length of
-        the first of them).
+      views: for each group of layers its planes (`KVCacheSpec.kv_groups` has their shapes).
+      mapped: for each group int32 `[2, num_slots]`: the first token of each slot with memory behind it, and one past
+        the last.
+      order: int32 `[4]`: the order token. It is a status too: (writes dropped, slot, position and end of the mapped
+        tokens of the first of them).
       spec: dimensions.
     """
 
-    def __init__(self, view: jax.Array | None, mapped_lens: jax.Array, order: jax.Array, spec: KVCacheSpec):
-        self._view = view
-        self.mapped_lens = mapped_lens
+    def __init__(self, views: Views | None, mapped: tuple[jax.Array, ...], order: jax.Array, spec: KVCacheSpec):
+        self._views = views
+        self.mapped = mapped
         self.order = order
         self.spec = spec
 
     @property
-    def view(self) -> jax.Array:
-        """The whole cache as one array. Read it where tokens are mapped only, and never return it from a program.
+    def views(self) -> Views:
+        """The whole cache. Read it where tokens are mapped only, and never return it from a program.
 
         Raises:
           ValueError: this cache came out of a program.
         """
-        if self._view is None:
+        if self._views is None:
             raise ValueError(
                 "this cache came out of a program and has no view any more: pass it to KVCacheManager.finish(), and "
                 "take the cache for the next program from KVCacheManager.step()"
             )
-        return self._view
+        return self._views
+
+    @property
+    def view(self) -> jax.Array:
+        """The one array of a `token_major` cache without groups.
+
+        Raises:
+          ValueError: this cache came out of a program, or it has several arrays.
+        """
+        if self.views[0][0].shape != self.spec.view_shape:
+            raise ValueError(f"expected a view {self.spec.view_shape}, got {self.views[0][0].shape}")
+        return self.views[0][0]
+
+    @property
+    def mapped_lens(self) -> jax.Array:
+        """int32 `[num_slots]`: how far each slot has memory, in all groups."""
+        lens = self.mapped[0][1]
+        for mapped in self.mapped[1:]:
+            lens = jnp.minimum(lens, mapped[1])
+        return lens
+
+    def layer_view(self, layer: int | jax.Array) -> LayerView:
+        """K and V of one layer, for a kernel. Its reads must take this cache's `order`; see `attention`.
+
+        Args:
+          layer: an int; or an int32 scalar, if the cache is one array.
+
+        Raises:
+          ValueError, TypeError: the layer is not one of the cache's, or is traced and the cache has several arrays.
+        """
+        spec = self.spec
+        _check_integer("layer", layer)
+        if isinstance(layer, jax.core.Tracer):
+            if spec.groups or spec.layout != "token_major":
+                raise TypeError(
+                    "layer: expected a Python int, for this cache has several arrays and a traced number cannot choose "
+                    "one; unroll the layers, or use layout='token_major' without groups"
+                )
+            return LayerView(self.views[0][0], None, layer.astype(jnp.int32), self.mapped[0], None)
+        number = int(layer)
+        if not 0 <= number < spec.num_layers:
+            raise ValueError(f"layer: expected 0 to {spec.num_layers - 1}, got {number}")
+        g, index = spec.places[number]
+        planes, window = self.views[g], spec.kv_groups[g].window
+        if spec.layout == "token_major":
+            return LayerView(planes[0], None, jnp.asarray(index, jnp.int32), self.mapped[g], window)
+        k, v = planes[2 * index : 2 * index + 2]
+        return LayerView(k, v, jnp.zeros((), jnp.int32), self.mapped[g], window)
 
     def with_order(self, order: jax.Array) -> KVCache:
         """The same cache with the order token of a later read or write."""
-        return KVCache(self._view, self.mapped_lens, order, self.spec)
+        return KVCache(self._views, self.mapped, order, self.spec)
 
     def __repr__(self) -> str:
-        # Never the arrays themselves: printing the view would touch what is not mapped.
-        return f"KVCache(view_shape={self.spec.view_shape}, dtype={self.spec.dtype.name})"
+        # Never the arrays themselves: printing a view would touch what is not mapped.
+        planes = sum(group.planes for group in self.spec.kv_groups)
+        shown = f"view_shape={self.spec.view_shape}" if planes == 1 else f"views={planes}"
+        return f"KVCache({shown}, dtype={self.spec.dtype.name})"
 
     def tree_flatten_with_keys(self) -> tuple[tuple, tuple]:
-        """Leaves: the view (outside of traced programs only), `mapped_lens`, `order`."""
+        """Leaves: the views (outside of traced programs only), `mapped`, `order`."""
         key = jax.tree_util.GetAttrKey
-        leaves = ((key("mapped_lens"), self.mapped_lens), (key("order"), self.order))
-        if isinstance(self._view, jax.core.Tracer):
-            return leaves, (self.spec, _Traced(self._view))
-        return ((key("view"), self._view), *leaves), (self.spec, None)
+        leaves = ((key("mapped"), self.mapped), (key("order"), self.order))
+        if self._views is not None and isinstance(self._views[0][0], jax.core.Tracer):
+            return leaves, (self.spec, _Traced(self._views))
+        return ((key("views"), self._views), *leaves), (self.spec, None)
 
     @classmethod
     def tree_unflatten(cls, structure: tuple, leaves: tuple) -> KVCache:
         """The inverse of `tree_flatten_with_keys`."""
         spec, traced = structure
         if traced is None:
-            view, mapped_lens, order = leaves
-            return cls(view, mapped_lens, order, spec)
-        mapped_lens, order = leaves
+            views, mapped, order = leaves
+            return cls(views, mapped, order, spec)
+        mapped, order = leaves
         left_program = isinstance(order, jax.Array) and not isinstance(order, jax.core.Tracer)
-        return cls(None if left_program else traced.get(), mapped_lens, order, spec)
+        return cls(None if left_program else traced.get(), mapped, order, spec)
 
     def append(
         self,
@@ -112,13 +207,13 @@ class KVCache:
     ) -> KVCache:
         """Writes the K and V of a ragged batch of tokens in place.
 
-        A token whose position is not below its slot's mapped length is dropped, and `KVCacheManager.finish` raises.
+        A token whose position is not one of its slot's mapped tokens is dropped, and `KVCacheManager.finish` raises.
         No two tokens of one call may have the same slot and position.
 
         Args:
           k: `[tokens, num_kv_heads, head_dim]`; or, without `v`, K and V as `[tokens, 2, num_kv_heads, head_dim]`.
           v: `[tokens, num_kv_heads, head_dim]`.
-          layer: which layer; an int, or an int32 scalar.
+          layer: which layer; an int, or an int32 scalar if the cache is one array.
           slots: int32 `[tokens]`.
           positions: int32 `[tokens]`: the token's position in its request.
           mask: bool `[tokens]`: False for padding, which is not written. None: all are written.
@@ -129,38 +224,40 @@ class KVCache:
         Raises:
           ValueError, TypeError: a shape, dtype or layer does not fit the cache.
         """
-        spec = self.spec
-        self._check_kv(k, v)
+        at = self.layer_view(layer)
+        self._check_kv(k, v, at)
         tokens = k.shape[0]
         _check("slots", slots, (tokens,), jnp.int32)
         _check("positions", positions, (tokens,), jnp.int32)
         if mask is None:
             mask = jnp.ones(tokens, jnp.bool_)
         _check("mask", mask, (tokens,), jnp.bool_)
-        if isinstance(layer, int) and not 0 <= layer < spec.num_layers:
-            raise ValueError(f"layer: expected 0 to {spec.num_layers - 1}, got {layer}")
         order = ffi.append(
-            self.view,
+            *at.views,
             k,
             k if v is None else v,
-            layer=jnp.asarray(layer, jnp.int32),
+            layer=at.layer,
             slots=slots,
             positions=positions,
             mask=mask,
-            mapped_lens=self.mapped_lens,
+            mapped=at.mapped,
             order=self.order,
         )
         return self.with_order(order)
 
-    def _check_kv(self, k: jax.Array, v: jax.Array | None) -> None:
-        spec = self.spec
+    def _check_kv(self, k: jax.Array, v: jax.Array | None, at: LayerView) -> None:
         tokens = k.shape[0] if k.ndim else 0
-        heads = (spec.num_kv_heads, spec.head_dim)
+        heads = (at.num_kv_heads, at.head_dim)
         if v is None:
-            _check("k (with K and V, as v is None)", k, (tokens, 2, *heads), spec.dtype)
+            _check("k (with K and V, as v is None)", k, (tokens, 2, *heads), self.spec.dtype)
         else:
-            _check("k", k, (tokens, *heads), spec.dtype)
-            _check("v", v, (tokens, *heads), spec.dtype)
+            _check("k", k, (tokens, *heads), self.spec.dtype)
+            _check("v", v, (tokens, *heads), self.spec.dtype)
+
+
+def _check_integer(name: str, value: int | jax.Array) -> None:
+    if np.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        raise TypeError(f"{name}: expected an int or an int32 scalar, got {value!r}")
 
 
 def _check(name: str, array: jax.Array, shape: tuple[int, ...], dtype: Any) -> None:

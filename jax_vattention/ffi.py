@@ -25,7 +25,8 @@ def _register() -> None:
 
 
 def append(
-    view: jax.Array,
+    k_view: jax.Array,
+    v_view: jax.Array,
     k: jax.Array,
     v: jax.Array,
     *,
@@ -33,12 +34,12 @@ def append(
     slots: jax.Array,
     positions: jax.Array,
     mask: jax.Array,
-    mapped_lens: jax.Array,
+    mapped: jax.Array,
     order: jax.Array,
 ) -> jax.Array:
-    """Writes k and v into `view` in place and returns the next order token; `xla_ffi/append.h` has the operands.
+    """Writes k and v into the views in place and returns the next order token; `xla_ffi/append.h` has the operands.
 
-    To XLA the view is an operand that nothing writes, so it is never copied. Two things keep reads and writes apart:
+    To XLA a view is an operand that nothing writes, so it is never copied. Two things keep reads and writes apart:
     the call has a side effect, and whoever reads the view takes the order token that this returns.
     """
     _register()
@@ -46,34 +47,37 @@ def append(
         "jax_vattention.append",
         jax.ShapeDtypeStruct(order.shape, order.dtype),
         has_side_effect=True,
-        input_output_aliases={8: 0},
+        input_output_aliases={9: 0},
         vmap_method="sequential",
     )
-    return call(view, k, v, layer, slots, positions, mask, mapped_lens, order)
+    return call(k_view, v_view, k, v, layer, slots, positions, mask, mapped, order)
 
 
 def read_tile(
-    view: jax.Array,
+    k_view: jax.Array,
+    v_view: jax.Array,
     *,
     layer: jax.Array,
     slot: jax.Array,
+    start: jax.Array,
     first: jax.Array,
-    length: jax.Array,
+    last: jax.Array,
     tokens: int,
     order: jax.Array,
 ) -> jax.Array:
-    """Copies `tokens` tokens of a slot from `first` on into `[2, tokens, num_kv_heads, head_dim]`; CPU only.
+    """Copies `tokens` tokens of a slot from `start` on into `[2, tokens, num_kv_heads, head_dim]`; CPU only.
 
-    Tokens at or past `length` are not touched: they come out as zeros. A plain slice will not do on a CPU: XLA may
-    convert all of a 2-byte float operand to float32 first, and move that out of a loop, ahead of the write.
+    Tokens before `first` and at or past `last` are not touched: they come out as zeros. A plain slice will not do on
+    a CPU: XLA may convert all of a 2-byte float operand to float32 first, and move that out of a loop, ahead of the
+    write.
     """
     _register()
     call = jax.ffi.ffi_call(
         "jax_vattention.read_tile",
-        jax.ShapeDtypeStruct((2, tokens, *view.shape[4:]), view.dtype),
+        jax.ShapeDtypeStruct((2, tokens, *k_view.shape[-2:]), k_view.dtype),
         vmap_method="sequential",
     )
-    return call(view, layer, slot, first, length, order)
+    return call(k_view, v_view, layer, slot, start, first, last, order)
 
 
 def no_order() -> jax.Array:

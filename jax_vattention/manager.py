@@ -141,7 +141,7 @@ class KVCacheManager:
         self._errors: dict[int, Exception] = {}  # of background work, by the slot that depends on it
         self._epoch = 0  # caches handed out
         self._done_epoch = 0  # programs up to this one are over
-        self._fences: collections.deque[tuple[int, jax.Array]] = collections.deque()  # (epoch, order token)
+        self._fences: collections.deque[tuple[int, Any]] = collections.deque()  # (epoch, order token)
         self._retired: list[tuple[int, Pieces, int]] = []  # (epoch, pages of live slots behind a window, count)
         self._dropped: DroppedWriteError | None = None
         self._reported = 0  # dropped writes of the present chain of order tokens that were raised
@@ -253,7 +253,7 @@ class KVCacheManager:
             if self._background:
                 self._keep_pages_free()
             self._epoch += 1
-            return KVCache(self._require_open()[0][0], self._mapped()[0][1], self._order, self.spec)  # SHIM
+            return KVCache(self._require_open(), self._mapped(), self._order, self.spec)
 
     def finish(self, result: KVCache | jax.Array, *, wait: bool = True) -> None:
         """Takes the order token of a program, which orders the next one behind it and tells when this one is over.
@@ -406,9 +406,7 @@ class KVCacheManager:
         slots = self._slots
         smallest = False
         while True:
-            pieces = [
-                piece for slot in lacking for piece in slots.plan(slot, int(wanted[slot]), smallest=smallest)
-            ]
+            pieces = [piece for slot in lacking for piece in slots.plan(slot, int(wanted[slot]), smallest=smallest)]
             self._make_room(slots.count(pieces), np.maximum(slots.granted, wanted))
             job = self._map(pieces, "needed")
             try:
@@ -515,7 +513,8 @@ class KVCacheManager:
         slots = self._slots
         live, retired = slots.state == SlotState.LIVE, slots.state == SlotState.RETIRED
         keep = np.where(live, np.maximum(keep_tokens, slots.granted), 0)
-        keep = np.where(retired, slots.dirty, keep)  # what was never granted is in no program's reach
+        # Of a retired slot, what was never granted is in no program's reach; once those are over, nothing is.
+        keep = np.where(retired & (slots.epoch > self._done_epoch), slots.dirty, keep)
         found = (slots.state == SlotState.PARKED) | ((live | retired) & (slots.attached > keep))
         found &= slots.ticket <= self._mapper.completed  # what is under way could not be undone apart
         return [(slot, int(keep[slot])) for slot in np.flatnonzero(found).tolist()]

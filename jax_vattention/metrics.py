@@ -135,9 +135,7 @@ _METRICS = (
     _Metric(GaugeMetricFamily, "slots", "Slots by state.", _slots, ("state",)),
     _gauge("tokens", "Tokens that the last step of each live slot asked for.", lambda stats: stats.tokens_live),
     _Metric(GaugeMetricFamily, "pages", "Pages that exist, in their own size.", _pages, ("page_bytes", "state")),
-    _Metric(
-        CounterMetricFamily, "pages_mapped_total", "Smallest pages mapped, by cause.", _pages_mapped, ("cause",)
-    ),
+    _Metric(CounterMetricFamily, "pages_mapped_total", "Smallest pages mapped, by cause.", _pages_mapped, ("cause",)),
     _counter("pages_unmapped_total", "Smallest pages unmapped.", lambda stats: stats.unmaps),
     _counter(
         "pages_zeroed_total",

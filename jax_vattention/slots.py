@@ -164,9 +164,7 @@ class SlotTable:
 
     def count(self, pieces: Pieces) -> int:
         """Smallest pages, in all planes."""
-        return sum(
-            count * span * self.groups[g].planes for g, _, ranges in pieces for _, count, span in ranges
-        )
+        return sum(count * span * self.groups[g].planes for g, _, ranges in pieces for _, count, span in ranges)
 
     def places(self, pieces: Pieces) -> list[tuple[int, Ranges]]:
         """Where pages lie in the buffer of their group: `(group, ranges)`, over all planes."""

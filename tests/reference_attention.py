@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def reference_attention(q, k, v, *, scale=None):
+def reference_attention(q, k, v, *, scale=None, window=None):
     """One request.
 
     Args:
@@ -11,6 +11,7 @@ def reference_attention(q, k, v, *, scale=None):
       k: `[kv_len, num_kv_heads, head_dim]`.
       v: `[kv_len, num_kv_heads, head_dim]`.
       scale: `head_dim ** -0.5` if not given.
+      window: a query of position `p` sees the keys from `p - window + 1` on.
 
     Returns:
       float64 `[q_len, num_q_heads, head_dim]`.
@@ -21,7 +22,12 @@ def reference_attention(q, k, v, *, scale=None):
     k, v = (np.repeat(x, num_q_heads // num_kv_heads, axis=1) for x in (k, v))
     scores = np.einsum("qhd,khd->hqk", q, k) * (head_dim**-0.5 if scale is None else scale)
     positions = kv_len - q_len + np.arange(q_len)
-    scores = np.where(np.arange(kv_len) <= positions[:, None], scores, -np.inf)
+    keys = np.arange(kv_len)
+    seen = keys <= positions[:, None]
+    if window is not None:
+        seen &= keys > positions[:, None] - window
+        v = np.where(np.any(seen, axis=0)[:, None, None], v, 0)
+    scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     return np.einsum("hqk,khd->qhd", weights, v)

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from caches import abstract_cache, plain_cache
 from compile_helpers import entry_dependencies
 from reference_attention import reference_attention
 
-from jax_vattention import KVCache, KVCacheManager, KVCacheSpec, RaggedBatch, attention
+from jax_vattention import KVCacheManager, KVCacheSpec, LayerGroup, RaggedBatch, attention
 from jax_vattention.attention import implementations
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -37,9 +38,11 @@ def device_for(implementation):
         pytest.skip("no NVIDIA GPU")
 
 
-def make_spec(implementation, *, head_dim=64, kv_heads=2, num_slots=6, max_seq_len=700, dtype=jnp.float32, layers=2):
+def make_spec(
+    implementation, *, head_dim=64, kv_heads=2, num_slots=6, max_seq_len=700, dtype=jnp.float32, layers=2, **options
+):
     page_bytes = 2 << 20 if implementation == "triton" else HOST_PAGE_BYTES
-    return KVCacheSpec(layers, kv_heads, head_dim, num_slots, max_seq_len, dtype, page_bytes)
+    return KVCacheSpec(layers, kv_heads, head_dim, num_slots, max_seq_len, dtype, page_bytes, **options)
 
 
 def run_attention(implementation, q, cache, *, layer, batch, scale=None):
@@ -48,15 +51,18 @@ def run_attention(implementation, q, cache, *, layer, batch, scale=None):
         return attention(q, cache, layer=layer, batch=batch, scale=scale, implementation=implementation)
     pallas_triton = pytest.importorskip("jax_vattention.attention.pallas_triton")
     scale = cache.spec.head_dim**-0.5 if scale is None else scale
-    layer = jnp.asarray(layer, jnp.int32)
-    out, order = pallas_triton.run(q, cache.view, cache.order, layer, batch, scale=scale, interpret=True)
+    view = cache.layer_view(layer)
+    out, order = pallas_triton.run(q, view, cache.order, batch, scale=scale, interpret=True)
     return out, cache.with_order(order)
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "scale"))
-def program(q, cache, layer, batch, *, implementation, scale=None):
+def _program(q, cache, layer, batch, *, implementation, scale=None):
     out, cache = run_attention(implementation, q, cache, layer=layer, batch=batch, scale=scale)
     return out, cache.order
+
+
+program = jax.jit(_program, static_argnames=("implementation", "scale"))
+program_of_layer = jax.jit(_program, static_argnames=("implementation", "scale", "layer"))
 
 
 @jax.jit
@@ -75,13 +81,13 @@ def opened_manager(implementation, spec):
     """A manager with every slot allocated; the test has to drop its caches before it ends."""
     device = device_for(implementation)
     options = {"strict": True} if device.platform == "cpu" else {}
-    pool = spec.page_bytes * (spec.num_slots * spec.pages_for(spec.max_seq_len) if device.platform == "cpu" else 64)
+    pool = spec.page_bytes * (spec.num_slots * spec.pages_for(spec.max_seq_len) if device.platform == "cpu" else 128)
     with jax.default_device(device), KVCacheManager(spec, pool_bytes=pool, device=device, **options) as manager:
         yield manager
 
 
-def fill_manager(manager, contents):
-    """`contents`: slot -> K and V `[tokens, layers, 2, heads, dim]`."""
+def fill_manager(manager, contents, seen=None):
+    """`contents`: slot -> K and V `[tokens, layers, 2, heads, dim]`; `seen`: slot -> tokens whose queries are over."""
     spec = manager.spec
     while manager.stats().slots_live < spec.num_slots:
         manager.allocate()
@@ -92,15 +98,11 @@ def fill_manager(manager, contents):
         values = np.full((spec.max_seq_len + 300, *kv.shape[1:]), np.nan, np.float32)
         values[: len(kv)] = kv
         manager.finish(fill(cache, jnp.asarray(values, spec.dtype), slot, count))
-
-
-def plain_cache(spec, contents):
-    """An ordinary array, NaN where nothing was written."""
-    view = np.full(spec.view_shape, np.nan, np.float32)
-    for slot, kv in contents.items():
-        view[slot, : len(kv)] = kv
-    lens = jnp.full(spec.num_slots, spec.max_seq_len, jnp.int32)
-    return KVCache(jnp.asarray(view, spec.dtype), lens, jnp.zeros(4, jnp.int32), spec)
+        del cache
+        if seen is not None:
+            # Now pages behind windows are not mapped any more: reading there ends the process.
+            manager.finish(manager.step({}, seq_lens={slot: seen[slot]}))
+            manager.sync()
 
 
 def random_kv(rng, spec, tokens):
@@ -123,15 +125,18 @@ def check(implementation, spec, q_heads, requests, *, tokens=None, max_q_len=Non
     tokens = sum(q_lens) if tokens is None else tokens
     q = jnp.asarray(rng.standard_normal((tokens, q_heads, spec.head_dim)), spec.dtype)
     batch = make_batch(slots, q_lens, kv_lens, max_q_len)
+    seen = {slot: kv_len - q_len for slot, q_len, kv_len in zip(slots, q_lens, kv_lens, strict=True)}
+    one_array = not spec.groups and spec.layout == "token_major"
     with contextlib.ExitStack() as stack:
         if implementation == "triton-interpret":
-            cache = plain_cache(spec, contents)
+            cache = plain_cache(spec, contents, seen)
         else:
             manager = stack.enter_context(opened_manager(implementation, spec))
-            fill_manager(manager, contents)
+            fill_manager(manager, contents, seen)
             cache = manager.step({slot: len(kv) for slot, kv in contents.items()})
         for layer in layers:
-            out, order = program(q, cache, layer, batch, implementation=implementation, scale=scale)
+            run = program if one_array else program_of_layer
+            out, order = run(q, cache, layer, batch, implementation=implementation, scale=scale)
             assert out.shape == q.shape
             assert out.dtype == q.dtype
             np.testing.assert_array_equal(np.asarray(order), 0)
@@ -145,7 +150,8 @@ def compare(out, q, contents, slots, q_lens, layer, spec, scale):
         if q_len:
             kv = contents[slot][:, layer]
             mine = slice(start, start + q_len)
-            expected = reference_attention(q[mine].astype(jnp.float32), kv[:, 0], kv[:, 1], scale=scale)
+            window = spec.kv_groups[spec.places[layer][0]].window
+            expected = reference_attention(q[mine].astype(jnp.float32), kv[:, 0], kv[:, 1], scale=scale, window=window)
             tolerance = TOLERANCE[spec.dtype.name]
             np.testing.assert_allclose(out[mine], expected, atol=tolerance, rtol=tolerance)
         start += q_len
@@ -223,6 +229,31 @@ def test_half_precision(implementation, dtype, max_q_len):
     check(implementation, spec, 8, [(max_q_len, 400), (1, 77)])
 
 
+def _groups(window):
+    return (LayerGroup((0, 2)), LayerGroup((1, 3), window=window))
+
+
+VARIANTS = {
+    "layer_major": {"layout": "layer_major"},
+    "window 1": {"groups": _groups(1)},
+    "window 50": {"groups": _groups(50)},
+    "window 64, layer_major": {"groups": _groups(64), "layout": "layer_major"},
+    "window 1000": {"groups": _groups(1000)},
+}
+
+
+@every_implementation
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layouts_and_windows(implementation, variant, dtype):
+    """Requests shorter, as long and longer than the window; pages behind it are not mapped."""
+    spec = make_spec(implementation, layers=4, dtype=dtype, **VARIANTS[variant])
+    decode = [(1, 1), (1, 50), (1, 51), (1, 64), (1, 640), (0, 0)]
+    check(implementation, spec, 6, decode, max_q_len=1, tokens=6, layers=(0, 1, 3))
+    prefill = [(1, 300), (200, 200), (64, 64), (130, 670), (1, 1), (0, 0)]
+    check(implementation, spec, 6, prefill, tokens=400, layers=(0, 1, 2))
+
+
 @every_implementation
 def test_scale_is_a_factor_of_the_scores(implementation):
     check(implementation, make_spec(implementation), 4, [(1, 50), (1, 3)], scale=0.5)
@@ -285,9 +316,8 @@ def test_reads_and_writes_keep_their_order(implementation):
 def test_order_is_a_data_dependency_of_the_compiled_program(max_q_len):
     """order -> read -> order, in what the CPU's scheduler gets to see."""
     spec = make_spec("reference")
-    view = jax.ShapeDtypeStruct(spec.view_shape, spec.dtype)
     int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    cache = KVCache(view, int32((6,)), int32((4,)), spec)
+    cache = abstract_cache(spec)
     rows = int32((6,))
     batch = RaggedBatch(slots=rows, q_starts=rows, q_lens=rows, kv_lens=rows, max_q_len=max_q_len)
     q = jax.ShapeDtypeStruct((64, 4, spec.head_dim), spec.dtype)
@@ -336,7 +366,7 @@ def test_temporary_memory_does_not_grow_with_the_cache(max_q_len):
     def temporary_bytes(max_seq_len):
         spec = make_spec("reference", max_seq_len=max_seq_len, num_slots=4)
         int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-        cache = KVCache(jax.ShapeDtypeStruct(spec.view_shape, spec.dtype), int32((4,)), int32((4,)), spec)
+        cache = abstract_cache(spec)
         batch = RaggedBatch(*[int32((4,))] * 4, max_q_len=max_q_len)
         q = jax.ShapeDtypeStruct((64, 4, spec.head_dim), spec.dtype)
         with jax.default_device(jax.devices("cpu")[0]):
@@ -364,8 +394,8 @@ class TestArguments:
             ({"shape": (4, 64)}, "tokens, num_q_heads, head_dim"),
             ({"shape": (1, 4, 32)}, "head_dim 32, the cache has 64"),
             ({"shape": (1, 3, 64)}, "3 heads, which is not a multiple of the cache's 2"),
-            ({"layer": 2}, "layer 2 is not one of the cache's 2 layers"),
-            ({"layer": -1}, "layer -1 is not one of"),
+            ({"layer": 2}, "layer: expected 0 to 1, got 2"),
+            ({"layer": -1}, "layer: expected 0 to 1, got -1"),
             ({"implementation": "fast"}, "triton, reference, got 'fast'"),
             ({"implementation": ()}, "empty sequence"),
         ],
@@ -378,7 +408,7 @@ class TestArguments:
         ("options", "message"),
         [
             ({"dtype": jnp.int32}, "float32, float16, bfloat16, got int32"),
-            ({"layer": 1.0}, "layer must be an int or an int32 scalar"),
+            ({"layer": 1.0}, "layer: expected an int or an int32 scalar"),
         ],
     )
     def test_types_that_do_not_fit(self, options, message):
@@ -419,11 +449,11 @@ def test_lengths_around_page_ends(device, head_dim, dtype, decode):
     device = jax.devices(device)[0]
     probe = KVCacheSpec(32, 8, head_dim, 1, 1, dtype)
     # Slots without a row to spare: what follows the last slot is no address of ours.
-    max_seq_len = probe.slot_tokens * -(-4 * probe.page_bytes // probe.slot_bytes)
+    max_seq_len = probe.kv_groups[0].slot_tokens * -(-4 * probe.page_bytes // probe.slot_bytes)
     ends = [int(pages * probe.tokens_per_page) for pages in (1, 2, 3)]
     lengths = [end + offset for end in ends for offset in (-1, 0, 1)] + [max_seq_len]
     spec = KVCacheSpec(32, 8, head_dim, len(lengths), max_seq_len, dtype)
-    assert spec.slot_tokens == max_seq_len
+    assert spec.kv_groups[0].slot_tokens == max_seq_len
     rng = np.random.default_rng(0)
     tokens = sum(lengths)
     q, k, v = (

@@ -281,12 +281,12 @@ def test_more_than_2_to_the_31_elements_and_the_far_end(device, page_bytes, stri
         tokens = 40
         # Only the tail of the last slot is mapped, through the buffer itself: a whole slot is 16 GiB.
         pages = spec.pages_for(tokens)
-        manager._buffer.map([(64 * spec.slot_pages - pages, pages)])
+        manager._buffers[0].map([(64 * spec.slot_pages - pages, pages, 1)])
         cache = manager.step({})
-        everything = jax.device_put(np.full(64, 131_072, np.int32), device)
-        cache = KVCache(cache.view, everything, cache.order, spec)
+        everything = jax.device_put(np.stack([np.zeros(64, np.int32), np.full(64, 131_072, np.int32)]), device)
+        cache = KVCache(cache.views, (everything,), cache.order, spec)
         k, v = random_kv(spec, 2)
-        positions = ints(spec.slot_tokens - 1, spec.slot_tokens - tokens)
+        positions = ints(spec.kv_groups[0].slot_tokens - 1, spec.kv_groups[0].slot_tokens - tokens)
         done = append(cache, k, v, 31, ints(last, last), positions)
         manager.finish(done)
         for token in range(2):

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from compile_helpers import TARGETS, assert_view_not_copied, compile_for, cuda_plugin_installed, instructions
+from caches import abstract_cache
+from compile_helpers import TARGETS, assert_views_not_copied, compile_for, cuda_plugin_installed, instructions
 
-from jax_vattention import KVCache, KVCacheSpec, RaggedBatch, attention
+from jax_vattention import KVCacheSpec, RaggedBatch, attention
 
 pytestmark = [
     pytest.mark.compile_gpu,
@@ -19,10 +20,6 @@ Q_HEADS = 32
 
 def int32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def abstract_cache(spec):
-    return KVCache(jax.ShapeDtypeStruct(spec.view_shape, spec.dtype), int32(spec.num_slots), int32(4), spec)
 
 
 def abstract_batch(max_q_len):
@@ -86,7 +83,7 @@ def test_view_is_not_copied(program, max_q_len):
     short, long = llama_spec(max_seq_len=8192), llama_spec(max_seq_len=131072)
     programs = [compiled("h100", program, spec, max_q_len) for spec in (short, long)]
     for spec, each in zip((short, long), programs, strict=True):
-        assert_view_not_copied(each, spec.view_shape, spec.dtype)
+        assert_views_not_copied(each, spec)
     temporary = [each.memory_analysis().temp_size_in_bytes for each in programs]
     assert temporary[0] == temporary[1]
 
@@ -98,6 +95,6 @@ def test_view_is_not_copied(program, max_q_len):
 def test_kernels_fit_every_gpu(target, max_q_len, dtype, head_dim):
     spec = llama_spec(dtype=dtype, head_dim=head_dim)
     each = compiled(target, "straight", spec, max_q_len)
-    assert_view_not_copied(each, spec.view_shape, spec.dtype)
+    assert_views_not_copied(each, spec)
     kernels = [rest for *_, opcode, rest in instructions(each) if opcode == "custom-call" and "triton" in rest]
     assert len(kernels) == 2, "the GPU implementation was not chosen"

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compile_helpers import TARGETS, assert_view_not_copied, compile_for, cuda_plugin_installed, target_device
+from caches import abstract_cache
+from compile_helpers import TARGETS, assert_views_not_copied, compile_for, cuda_plugin_installed, target_device
 from flax import nnx
 
-from jax_vattention import KVCache, KVCacheSpec, RaggedBatch, attention
+from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch, attention
 from jax_vattention.engine.programs import Programs, Rows
 from jax_vattention.models import Llama, LlamaConfig
 
@@ -45,9 +46,19 @@ def int32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def abstract_cache(max_seq_len, *, num_layers=4, num_kv_heads=2, head_dim=64, num_slots=64):
-    spec = KVCacheSpec(num_layers, num_kv_heads, head_dim, num_slots, max_seq_len, jnp.bfloat16)
-    return KVCache(jax.ShapeDtypeStruct(spec.view_shape, spec.dtype), int32(num_slots), int32(4), spec)
+WINDOWS = (LayerGroup((0, 2)), LayerGroup((1, 3), window=1024))
+VARIANTS = {
+    "token_major": {},
+    "layer_major": {"layout": "layer_major"},
+    "windows": {"groups": WINDOWS},
+    "windows, layer_major": {"groups": WINDOWS, "layout": "layer_major"},
+}
+
+
+def make_cache(max_seq_len, *, num_layers=4, num_kv_heads=2, head_dim=64, num_slots=64, **options):
+    return abstract_cache(
+        KVCacheSpec(num_layers, num_kv_heads, head_dim, num_slots, max_seq_len, jnp.bfloat16, **options)
+    )
 
 
 def layer_step(q, cache, batch, layer):
@@ -92,18 +103,25 @@ def known_lengths(q, cache, batch):
     return straight(q, cache, RaggedBatch(jnp.arange(REQUESTS), starts, full, full, max_q_len=batch.max_q_len))
 
 
+CASES = [
+    *((program, "token_major") for program in (straight, scan, while_loop, cond, known_lengths)),
+    # A traced layer number cannot choose one of several arrays: no scan and no loop over layers.
+    *((program, variant) for variant in list(VARIANTS)[1:] for program in (straight, cond, known_lengths)),
+]
+
+
 @on_every_target
 @pytest.mark.parametrize("max_q_len", [1, 64], ids=["decode", "prefill"])
-@pytest.mark.parametrize("program", [straight, scan, while_loop, cond, known_lengths])
-def test_append_and_attention(target, program, max_q_len):
+@pytest.mark.parametrize(("program", "variant"), CASES, ids=lambda case: getattr(case, "__name__", case))
+def test_append_and_attention(target, program, variant, max_q_len):
     rows = int32(REQUESTS)
     batch = RaggedBatch(rows, rows, rows, rows, max_q_len=max_q_len)
     q = jax.ShapeDtypeStruct((REQUESTS * max_q_len, Q_HEADS, 64), jnp.bfloat16)
     temporary = []
     for max_seq_len in (4096, 131_072):
-        cache = abstract_cache(max_seq_len)
+        cache = make_cache(max_seq_len, **VARIANTS[variant])
         compiled = compile_on(target, program, q, cache, batch)
-        assert_view_not_copied(compiled, cache.spec.view_shape)
+        assert_views_not_copied(compiled, cache.spec)
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     assert temporary[0] == temporary[1] < 32 * 2**20
 
@@ -139,7 +157,7 @@ def test_the_programs_of_the_engine(target):
     programs = Programs(model, eos_ids=frozenset({1}), decode_tokens=8, device=device)
     temporary: dict[str, list[int]] = {"prefill": [], "decode": []}
     for max_seq_len in (4096, 131_072):
-        cache = abstract_cache(max_seq_len)
+        cache = make_cache(max_seq_len)
         rows, starts = abstract_rows(REQUESTS), int32(REQUESTS)
         for name, compiled in {
             "prefill": compile_on(
@@ -147,7 +165,7 @@ def test_the_programs_of_the_engine(target):
             ),
             "decode": compile_on(target, programs._decode, programs._weights, cache, rows, starts),
         }.items():
-            assert_view_not_copied(compiled, cache.spec.view_shape)
+            assert_views_not_copied(compiled, cache.spec)
             temporary[name].append(compiled.memory_analysis().temp_size_in_bytes)
             assert compiled.as_text().count("jax_vattention.append") >= config.num_layers
     for sizes in temporary.values():

@@ -78,7 +78,8 @@ def test_unmapped_pages_return_to_the_pool(buffer):
 
 
 @pytest.mark.parametrize(
-    "ranges", [
+    "ranges",
+    [
         [(-1, 1, 1)],
         [(0, 0, 1)],
         [(PAGES, 1, 1)],
@@ -89,7 +90,7 @@ def test_unmapped_pages_return_to_the_pool(buffer):
         [(PAGES - 3, 1, 4)],
         [(0, 2**32, 2**32)],
         [(0, 1, 4), (3, 1, 1)],
-    ]
+    ],
 )
 def test_bad_ranges_change_nothing(buffer, ranges):
     with pytest.raises(ValueError, match=r"outside a buffer|named twice"):
@@ -117,7 +118,7 @@ def test_pages_of_several_sizes_share_one_budget(mixed, page_bytes):
     mixed.map([(0, 2, 2), (4, 1, 1)])
     assert (mixed.mapped_pages, mixed.pool.free_pages, mixed.pool.created_pages) == (5, 3, 5)
     assert [page_sum(view, page) for page in range(5)] == [0] * 5
-    with pytest.raises(errors.OutOfPagesError, match="needed 4 pages of .*, 3 of 8 are free"):
+    with pytest.raises(errors.OutOfPagesError, match=r"needed 4 pages of .*, 3 of 8 are free"):
         mixed.map([(8, 2, 2)])
     with pytest.raises(ValueError, match="page 1 is not mapped, or in another size"):
         mixed.unmap([(1, 1, 1)])

@@ -5,20 +5,22 @@ typedef long long int64_t;
 
 // The layout of AppendArgs in append.h.
 struct AppendArgs {
-  char* view;
+  char* k_view;
+  char* v_view;
   const char* k;
   const char* v;
   const int* layer;
   const int* slots;
   const int* positions;
   const bool* mask;
-  const int* mapped_lens;
+  const int* mapped;
   int* order;
   int64_t tokens;
   int64_t num_slots;
   int64_t slot_tokens;
   int64_t num_layers;
   int64_t part_bytes;
+  int64_t layer_bytes;
   int64_t source_stride;
 };
 
@@ -38,18 +40,19 @@ __device__ void Append(const AppendArgs& args) {
   const int64_t slot = args.slots[token];
   const int64_t position = args.positions[token];
   const bool exists = layer >= 0 && layer < args.num_layers && slot >= 0 && slot < args.num_slots;
-  const int mapped = slot >= 0 && slot < args.num_slots ? args.mapped_lens[slot] : 0;
-  if (!exists || position < 0 || position >= mapped) {
+  const int first = exists ? args.mapped[slot] : 0;
+  const int last = slot >= 0 && slot < args.num_slots ? args.mapped[args.num_slots + slot] : 0;
+  if (!exists || position < first || position >= last) {
     if (threadIdx.x == 0 && atomicAdd(&args.order[0], 1) == 0) {
       args.order[1] = static_cast<int>(slot);
       args.order[2] = static_cast<int>(position);
-      args.order[3] = mapped;
+      args.order[3] = last;
     }
     return;
   }
-  char* destination = args.view + ((slot * args.slot_tokens + position) * args.num_layers + layer) * 2 * args.part_bytes;
-  Copy<Word>(destination, args.k + token * args.source_stride, args.part_bytes);
-  Copy<Word>(destination + args.part_bytes, args.v + token * args.source_stride, args.part_bytes);
+  const int64_t offset = ((slot * args.slot_tokens + position) * args.num_layers + layer) * args.layer_bytes;
+  Copy<Word>(args.k_view + offset, args.k + token * args.source_stride, args.part_bytes);
+  Copy<Word>(args.v_view + offset, args.v + token * args.source_stride, args.part_bytes);
 }
 
 extern "C" __global__ void append_16(const __grid_constant__ AppendArgs args) { Append<uint4>(args); }

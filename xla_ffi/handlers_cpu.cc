@@ -16,83 +16,132 @@ namespace jax_vattention {
 
 namespace ffi = xla::ffi;
 
-ffi::ErrorOr<AppendArgs> DecodeAppend(ffi::AnyBuffer view, ffi::AnyBuffer k, ffi::AnyBuffer v,
+namespace {
+
+// A view as the custom calls see it, in bytes.
+struct ViewLayout {
+  int64_t num_slots;
+  int64_t slot_tokens;
+  int64_t num_layers;
+  int64_t heads;
+  int64_t head_dim;
+  int64_t part_bytes;    // K, or V, of one token and layer
+  int64_t layer_bytes;   // from one layer to the next
+  int64_t v_offset;      // from K to V, where both are in one view
+
+  // From the start of the view to a token of a layer.
+  int64_t Offset(int64_t slot, int64_t position, int64_t layer) const {
+    return ((slot * slot_tokens + position) * num_layers + layer) * layer_bytes;
+  }
+};
+
+// Reads the layout off two views of one shape. Returns false where they have none.
+bool DecodeViews(ffi::AnyBuffer k_view, ffi::AnyBuffer v_view, ViewLayout* layout) {
+  const auto shape = k_view.dimensions();
+  const auto other = v_view.dimensions();
+  if (!std::equal(shape.begin(), shape.end(), other.begin(), other.end())) return false;
+  if (k_view.element_type() != v_view.element_type()) return false;
+  const bool token_major = shape.size() == 6 && shape[3] == 2;
+  if (!token_major && shape.size() != 4) return false;
+  const size_t heads = shape.size() - 2;
+  layout->num_slots = shape[0];
+  layout->slot_tokens = shape[1];
+  layout->num_layers = token_major ? shape[2] : 1;
+  layout->heads = shape[heads];
+  layout->head_dim = shape[heads + 1];
+  layout->part_bytes = shape[heads] * shape[heads + 1] * static_cast<int64_t>(ffi::ByteWidth(k_view.element_type()));
+  layout->layer_bytes = token_major ? 2 * layout->part_bytes : layout->part_bytes;
+  layout->v_offset = token_major ? layout->part_bytes : 0;
+  return true;
+}
+
+constexpr const char* kViews =
+    "the views must be one operand twice, [slots, tokens, layers, 2, heads, head_dim], or two of one dtype, "
+    "[slots, tokens, heads, head_dim]";
+
+}  // namespace
+
+ffi::ErrorOr<AppendArgs> DecodeAppend(ffi::AnyBuffer k_view, ffi::AnyBuffer v_view, ffi::AnyBuffer k, ffi::AnyBuffer v,
                                       ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> slots,
                                       ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::PRED> mask,
-                                      ffi::Buffer<ffi::S32> mapped_lens, ffi::Buffer<ffi::S32> order,
-                                      ffi::Result<ffi::Buffer<ffi::S32>> order_out) {
+                                      ffi::Buffer<ffi::S32> mapped, ffi::Buffer<ffi::S32> order,
+                                      AppendResult order_out) {
   const auto invalid = [](const char* what) {
     return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInvalidArgument, std::string("append: ") + what));
   };
-  const auto shape = view.dimensions();
+  ViewLayout layout;
+  if (!DecodeViews(k_view, v_view, &layout)) return invalid(kViews);
   const auto source = k.dimensions();
-  if (shape.size() != 6 || shape[3] != 2) return invalid("view must be [slots, tokens, layers, 2, heads, head_dim]");
   const bool joined = source.size() == 4;
   if (source.size() != 3 && !joined) return invalid("k must be [tokens, heads, head_dim] or [tokens, 2, heads, head_dim]");
   const size_t tokens = source[0];
   const size_t heads = source.size() - 2;
-  if (source[heads] != shape[4] || source[heads + 1] != shape[5]) return invalid("k and view differ in heads or head_dim");
-  if (k.element_type() != view.element_type() || v.element_type() != view.element_type()) {
+  if (source[heads] != layout.heads || source[heads + 1] != layout.head_dim) {
+    return invalid("k and view differ in heads or head_dim");
+  }
+  if (k.element_type() != k_view.element_type() || v.element_type() != k_view.element_type()) {
     return invalid("k, v and view must have one dtype");
   }
   if (v.element_count() != k.element_count()) return invalid("k and v must have one shape");
   if (layer.element_count() != 1 || slots.element_count() != tokens || positions.element_count() != tokens ||
-      mask.element_count() != tokens || static_cast<int64_t>(mapped_lens.element_count()) != shape[0] ||
+      mask.element_count() != tokens || static_cast<int64_t>(mapped.element_count()) != 2 * layout.num_slots ||
       order.element_count() != 4) {
-    return invalid("layer, slots, positions, mask, mapped_lens or order has the wrong size");
+    return invalid("layer, slots, positions, mask, mapped or order has the wrong size");
   }
   if (order.typed_data() != order_out->typed_data()) return invalid("order must be aliased with the result");
 
   AppendArgs args;
-  args.part_bytes = shape[4] * shape[5] * static_cast<int64_t>(ffi::ByteWidth(view.element_type()));
-  args.source_stride = joined ? 2 * args.part_bytes : args.part_bytes;
-  args.view = static_cast<char*>(view.untyped_data());
+  args.k_view = static_cast<char*>(k_view.untyped_data());
+  args.v_view = static_cast<char*>(v_view.untyped_data()) + layout.v_offset;
   args.k = static_cast<const char*>(k.untyped_data());
-  args.v = joined ? args.k + args.part_bytes : static_cast<const char*>(v.untyped_data());
+  args.v = joined ? args.k + layout.part_bytes : static_cast<const char*>(v.untyped_data());
   args.layer = layer.typed_data();
   args.slots = slots.typed_data();
   args.positions = positions.typed_data();
   args.mask = mask.typed_data();
-  args.mapped_lens = mapped_lens.typed_data();
+  args.mapped = mapped.typed_data();
   args.order = order_out->typed_data();
   args.tokens = tokens;
-  args.num_slots = shape[0];
-  args.slot_tokens = shape[1];
-  args.num_layers = shape[2];
+  args.num_slots = layout.num_slots;
+  args.slot_tokens = layout.slot_tokens;
+  args.num_layers = layout.num_layers;
+  args.part_bytes = layout.part_bytes;
+  args.layer_bytes = layout.layer_bytes;
+  args.source_stride = joined ? 2 * layout.part_bytes : layout.part_bytes;
   return args;
 }
 
 namespace {
 
-// Where a token goes, or null if it must be dropped.
-char* Destination(const AppendArgs& args, int64_t token) {
+// Where in the views a token goes, or a negative number if it must be dropped.
+int64_t Destination(const AppendArgs& args, int64_t token) {
   const int64_t slot = args.slots[token];
   const int64_t position = args.positions[token];
   const int64_t layer = *args.layer;
-  if (layer < 0 || layer >= args.num_layers || slot < 0 || slot >= args.num_slots) return nullptr;
-  if (position < 0 || position >= args.mapped_lens[slot]) return nullptr;
-  return args.view + ((slot * args.slot_tokens + position) * args.num_layers + layer) * 2 * args.part_bytes;
+  if (layer < 0 || layer >= args.num_layers || slot < 0 || slot >= args.num_slots) return -1;
+  if (position < args.mapped[slot] || position >= args.mapped[args.num_slots + slot]) return -1;
+  return ((slot * args.slot_tokens + position) * args.num_layers + layer) * args.layer_bytes;
 }
 
 // Writes tokens [first, last), leaving out those that must be dropped.
 void WriteTokens(const AppendArgs& args, int64_t first, int64_t last) {
   for (int64_t token = first; token < last; ++token) {
     if (!args.mask[token]) continue;
-    char* destination = Destination(args, token);
-    if (destination == nullptr) continue;
-    std::memcpy(destination, args.k + token * args.source_stride, args.part_bytes);
-    std::memcpy(destination + args.part_bytes, args.v + token * args.source_stride, args.part_bytes);
+    const int64_t offset = Destination(args, token);
+    if (offset < 0) continue;
+    std::memcpy(args.k_view + offset, args.k + token * args.source_stride, args.part_bytes);
+    std::memcpy(args.v_view + offset, args.v + token * args.source_stride, args.part_bytes);
   }
 }
 
 void RecordDropped(const AppendArgs& args) {
   for (int64_t token = 0; token < args.tokens; ++token) {
-    if (!args.mask[token] || Destination(args, token) != nullptr) continue;
+    if (!args.mask[token] || Destination(args, token) >= 0) continue;
     if (args.order[0]++ > 0) continue;
     const int32_t slot = args.slots[token];
     args.order[1] = slot;
     args.order[2] = args.positions[token];
-    args.order[3] = slot < 0 || slot >= args.num_slots ? 0 : args.mapped_lens[slot];
+    args.order[3] = slot < 0 || slot >= args.num_slots ? 0 : args.mapped[args.num_slots + slot];
   }
 }
 
@@ -123,11 +172,11 @@ struct Blocks {
   }
 };
 
-ffi::Error AppendCpu(ffi::ThreadPool threads, ffi::AnyBuffer view, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                     ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::S32> positions,
-                     ffi::Buffer<ffi::PRED> mask, ffi::Buffer<ffi::S32> mapped_lens, ffi::Buffer<ffi::S32> order,
-                     ffi::Result<ffi::Buffer<ffi::S32>> order_out) {
-  const auto args = DecodeAppend(view, k, v, layer, slots, positions, mask, mapped_lens, order, order_out);
+ffi::Error AppendCpu(ffi::ThreadPool threads, ffi::AnyBuffer k_view, ffi::AnyBuffer v_view, ffi::AnyBuffer k,
+                     ffi::AnyBuffer v, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> slots,
+                     ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::PRED> mask, ffi::Buffer<ffi::S32> mapped,
+                     ffi::Buffer<ffi::S32> order, AppendResult order_out) {
+  const auto args = DecodeAppend(k_view, v_view, k, v, layer, slots, positions, mask, mapped, order, order_out);
   if (!args) return args.error();
   const int64_t block_tokens = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(1, 2 * args->part_bytes));
   const int64_t count = (args->tokens + block_tokens - 1) / block_tokens;
@@ -148,37 +197,47 @@ ffi::Error AppendCpu(ffi::ThreadPool threads, ffi::AnyBuffer view, ffi::AnyBuffe
   return ffi::Error::Success();
 }
 
-// read_tile(view, layer, slot, first, length, order) -> tile
+// read_tile(k_view, v_view, layer, slot, start, first, last, order) -> tile
 //
-//   view    as in append.h, of any dtype
-//   layer, slot, first, length  int32 []: the tokens first <= t < length of a slot are read, and no others
-//   order   int32 [4]: read for nothing but its place behind the append that made it
-//   tile    [2, tokens, num_kv_heads, head_dim] of the view's dtype; zeros from `length` on
-ffi::Error ReadTileCpu(ffi::AnyBuffer view, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> slot,
-                       ffi::Buffer<ffi::S32> first, ffi::Buffer<ffi::S32> length, ffi::Buffer<ffi::S32> order,
-                       ffi::Result<ffi::AnyBuffer> tile) {
-  const auto shape = view.dimensions();
-  const auto size = tile->dimensions();
-  if (shape.size() != 6 || size.size() != 4 || size[0] != 2 || size[2] != shape[4] || size[3] != shape[5] ||
-      tile->element_type() != view.element_type() || order.element_count() != 4) {
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "read_tile: the shapes of view and tile do not fit");
+//   k_view, v_view, layer  as in append.h, of any dtype
+//   slot, start            int32 []: the tile begins at token `start` of a slot
+//   first, last            int32 []: of its tokens those with first <= token < last are read, and no others
+//   order                  int32 [4]: read for nothing but its place behind the append that made it
+//   tile                   [2, tokens, num_kv_heads, head_dim] of the views' dtype; zeros for what is not read
+ffi::Error ReadTileCpu(ffi::AnyBuffer k_view, ffi::AnyBuffer v_view, ffi::Buffer<ffi::S32> layer,
+                       ffi::Buffer<ffi::S32> slot, ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> first,
+                       ffi::Buffer<ffi::S32> last, ffi::Buffer<ffi::S32> order, ffi::Result<ffi::AnyBuffer> tile) {
+  ViewLayout layout;
+  if (!DecodeViews(k_view, v_view, &layout)) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, std::string("read_tile: ") + kViews);
   }
-  const int64_t part_bytes = shape[4] * shape[5] * static_cast<int64_t>(ffi::ByteWidth(view.element_type()));
+  const auto size = tile->dimensions();
+  if (size.size() != 4 || size[0] != 2 || size[2] != layout.heads || size[3] != layout.head_dim ||
+      tile->element_type() != k_view.element_type() || order.element_count() != 4) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "read_tile: the shapes of views and tile do not fit");
+  }
   const int64_t at_layer = *layer.typed_data();
   const int64_t at_slot = *slot.typed_data();
-  const int64_t start = *first.typed_data();
-  const bool exists = at_layer >= 0 && at_layer < shape[2] && at_slot >= 0 && at_slot < shape[0] && start >= 0;
-  const int64_t end = std::min<int64_t>(*length.typed_data(), shape[1]);
-  const int64_t tokens = exists ? std::clamp<int64_t>(end - start, 0, size[1]) : 0;
-  const char* source = static_cast<const char*>(view.untyped_data()) +
-                       ((at_slot * shape[1] + start) * shape[2] + at_layer) * 2 * part_bytes;
-  const int64_t source_stride = shape[2] * 2 * part_bytes;
+  const int64_t begin = *start.typed_data();
+  const bool exists = at_layer >= 0 && at_layer < layout.num_layers && at_slot >= 0 && at_slot < layout.num_slots;
+  // Tokens [skipped, end) of the tile are read.
+  const int64_t tokens = size[1];
+  const int64_t readable_from = std::max<int64_t>(*first.typed_data(), 0);
+  const int64_t readable_to = exists ? std::min<int64_t>(*last.typed_data(), layout.slot_tokens) : 0;
+  const int64_t skipped = std::clamp<int64_t>(readable_from - begin, 0, tokens);
+  const int64_t end = std::clamp<int64_t>(readable_to - begin, skipped, tokens);
+  const int64_t token_bytes = layout.num_layers * layout.layer_bytes;
   for (int64_t part = 0; part < 2; ++part) {
-    char* destination = static_cast<char*>(tile->untyped_data()) + part * size[1] * part_bytes;
-    for (int64_t i = 0; i < tokens; ++i) {
-      std::memcpy(destination + i * part_bytes, source + i * source_stride + part * part_bytes, part_bytes);
+    const char* view = static_cast<const char*>(part == 0 ? k_view.untyped_data() : v_view.untyped_data());
+    char* destination = static_cast<char*>(tile->untyped_data()) + part * tokens * layout.part_bytes;
+    std::memset(destination, 0, skipped * layout.part_bytes);
+    if (end > skipped) {
+      const char* source = view + part * layout.v_offset + layout.Offset(at_slot, begin + skipped, at_layer);
+      for (int64_t i = skipped; i < end; ++i, source += token_bytes) {
+        std::memcpy(destination + i * layout.part_bytes, source, layout.part_bytes);
+      }
     }
-    std::memset(destination + tokens * part_bytes, 0, (size[1] - tokens) * part_bytes);
+    std::memset(destination + end * layout.part_bytes, 0, (tokens - end) * layout.part_bytes);
   }
   return ffi::Error::Success();
 }
@@ -187,11 +246,13 @@ ffi::Error ReadTileCpu(ffi::AnyBuffer view, ffi::Buffer<ffi::S32> layer, ffi::Bu
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ReadTileCpuHandler, ReadTileCpu,
                               ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()            // view
+                                  .Arg<ffi::AnyBuffer>()            // k_view
+                                  .Arg<ffi::AnyBuffer>()            // v_view
                                   .Arg<ffi::Buffer<ffi::S32>>()     // layer
                                   .Arg<ffi::Buffer<ffi::S32>>()     // slot
+                                  .Arg<ffi::Buffer<ffi::S32>>()     // start
                                   .Arg<ffi::Buffer<ffi::S32>>()     // first
-                                  .Arg<ffi::Buffer<ffi::S32>>()     // length
+                                  .Arg<ffi::Buffer<ffi::S32>>()     // last
                                   .Arg<ffi::Buffer<ffi::S32>>()     // order
                                   .Ret<ffi::AnyBuffer>());          // tile
 

@@ -33,11 +33,11 @@ std::array<AppendKernels, kMaxDevices>& Kernels() {
 
 ffi::Error Failed(const std::exception& error) { return ffi::Error(ffi::ErrorCode::kInternal, error.what()); }
 
-ffi::Error AppendCuda(CUstream stream, int32_t ordinal, ffi::AnyBuffer view, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                      ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::S32> positions,
-                      ffi::Buffer<ffi::PRED> mask, ffi::Buffer<ffi::S32> mapped_lens, ffi::Buffer<ffi::S32> order,
-                      ffi::Result<ffi::Buffer<ffi::S32>> order_out) {
-  auto decoded = DecodeAppend(view, k, v, layer, slots, positions, mask, mapped_lens, order, order_out);
+ffi::Error AppendCuda(CUstream stream, int32_t ordinal, ffi::AnyBuffer k_view, ffi::AnyBuffer v_view, ffi::AnyBuffer k,
+                      ffi::AnyBuffer v, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> slots,
+                      ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::PRED> mask, ffi::Buffer<ffi::S32> mapped,
+                      ffi::Buffer<ffi::S32> order, AppendResult order_out) {
+  auto decoded = DecodeAppend(k_view, v_view, k, v, layer, slots, positions, mask, mapped, order, order_out);
   if (!decoded) return decoded.error();
   AppendArgs args = *decoded;
   if (args.tokens == 0) return ffi::Error::Success();
@@ -46,7 +46,7 @@ ffi::Error AppendCuda(CUstream stream, int32_t ordinal, ffi::AnyBuffer view, ffi
                       "append: its kernel is not loaded on CUDA device " + std::to_string(ordinal) +
                           "; a KVCacheManager on that device loads it");
   }
-  // k, v and the view start at multiples of 16; so do all parts of them when a part is one.
+  // k, v and the views start at multiples of 16; so do all parts of them when a part is one.
   const bool wide = args.part_bytes % 16 == 0;
   const AppendKernels& kernels = Kernels()[ordinal];
   const int64_t words = args.part_bytes / (wide ? 16 : 2);

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jax_vattention.batch import RaggedBatch
 
 if TYPE_CHECKING:
-    from jax_vattention.cache import KVCache
+    from jax_vattention.cache import KVCache, LayerView
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -29,7 +28,7 @@ class _Implementation:
     platforms: tuple[str, ...] | None
 
     def load(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        """`run(q, view, order, layer, batch, *, scale) -> (out, order)`; imported when first asked for."""
+        """`run(q, view, order, batch, *, scale) -> (out, order)`, `view` a LayerView; imported when first asked for."""
         return importlib.import_module(f".{self.module}", __package__).run
 
 
@@ -55,14 +54,14 @@ def attention(
 ) -> tuple[jax.Array, KVCache]:
     """Causal attention of this step's queries over the cached K and V of their requests.
 
-    K and V of this step's tokens must have been appended before. A query of position `p` sees keys `0..p`.
-    Nothing at or past a request's `kv_lens` or its slot's mapped length is ever addressed, and nothing at all for a
-    request without queries: memory there may not be mapped.
+    K and V of this step's tokens must have been appended before. A query of position `p` sees keys `0..p`, or those
+    of its layer's window. Nothing at or past a request's `kv_lens`, nothing that its slot has no memory for, and
+    nothing at all for a request without queries is ever addressed.
 
     Args:
       q: `[tokens, num_q_heads, head_dim]`; query heads `h * group .. (h + 1) * group - 1` use KV head `h`.
       cache: what to read. Its order token makes the read happen after the append that returned it.
-      layer: which layer's K and V; an int, or an int32 scalar when layers share one traced program.
+      layer: which layer's K and V; an int, or an int32 scalar if the cache is one array.
       batch: which tokens belong to which request.
       scale: factor of the scores; `head_dim ** -0.5` if not given.
       implementation: a name, or names of which the first is used that serves the platform that the program is
@@ -75,28 +74,27 @@ def attention(
     Raises:
       ValueError, TypeError: an argument does not fit the cache.
     """
-    _check_query(q, cache)
+    view = cache.layer_view(layer)
+    _check_query(q, view)
     _check_batch(batch)
-    layer = _checked_layer(layer, cache.spec.num_layers)
     names = _checked_names(implementation)
-    scale = cache.spec.head_dim**-0.5 if scale is None else _checked_scale(scale)
+    scale = view.head_dim**-0.5 if scale is None else _checked_scale(scale)
     if q.shape[0] == 0 or batch.num_requests == 0:
         return jnp.zeros_like(q), cache
-    batch = dataclasses.replace(batch, kv_lens=_readable_lens(cache, batch))
-    out, order = _dispatch(q, cache.view, cache.order, layer, batch, scale=scale, names=names)
+    out, order = _dispatch(q, view, cache.order, _readable(view, batch), scale=scale, names=names)
     return out, cache.with_order(order)
 
 
 # A jit of its own: the platform is resolved when the program is lowered, also for eager calls, and the kernels
 # are traced once per shape and not once per layer.
 @functools.partial(jax.jit, static_argnames=("scale", "names"))
-def _dispatch(q, view, order, layer, batch, *, scale: float, names: tuple[str, ...]):
+def _dispatch(q, view, order, batch, *, scale: float, names: tuple[str, ...]):
     default, per_platform = _branches(names)
     branches = {name: functools.partial(found.load(), scale=scale) for name, found in per_platform.items()}
     otherwise = None if default is None else functools.partial(default.load(), scale=scale)
     if otherwise is not None and not branches:
-        return otherwise(q, view, order, layer, batch)
-    return lax.platform_dependent(q, view, order, layer, batch, **branches, default=otherwise)
+        return otherwise(q, view, order, batch)
+    return lax.platform_dependent(q, view, order, batch, **branches, default=otherwise)
 
 
 def _branches(names: tuple[str, ...]) -> tuple[_Implementation | None, dict[str, _Implementation]]:
@@ -111,11 +109,12 @@ def _branches(names: tuple[str, ...]) -> tuple[_Implementation | None, dict[str,
     return None, per_platform
 
 
-def _readable_lens(cache: KVCache, batch: RaggedBatch) -> jax.Array:
-    """`batch.kv_lens`, cut to what is mapped, and 0 for slots that do not exist: no length makes a kernel fault."""
-    exists = (batch.slots >= 0) & (batch.slots < cache.spec.num_slots)
-    mapped = jnp.where(exists, cache.mapped_lens[jnp.where(exists, batch.slots, 0)], 0)
-    return jnp.clip(batch.kv_lens, 0, mapped)
+def _readable(view: LayerView, batch: RaggedBatch) -> RaggedBatch:
+    """`batch` with lengths cut to what is mapped, 0 for slots that do not exist: no number makes a kernel fault."""
+    exists = (batch.slots >= 0) & (batch.slots < view.mapped.shape[1])
+    slots = jnp.where(exists, batch.slots, 0)
+    kv_lens = jnp.clip(batch.kv_lens, 0, jnp.where(exists, view.mapped[1, slots], 0))
+    return dataclasses.replace(batch, slots=slots, kv_lens=kv_lens)
 
 
 def _checked_names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -136,32 +135,17 @@ def _checked_scale(scale: float) -> float:
     return float(scale)
 
 
-def _checked_layer(layer: int | jax.Array, num_layers: int) -> jax.Array:
-    """`layer` as an int32 scalar; its range is checked where its value is known."""
-    if np.shape(layer) != () or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
-        raise TypeError(f"attention: layer must be an int or an int32 scalar, got {layer!r}")
-    if not isinstance(layer, jax.core.Tracer) and not 0 <= int(layer) < num_layers:
-        raise ValueError(f"attention: layer {int(layer)} is not one of the cache's {num_layers} layers")
-    return jnp.asarray(layer, jnp.int32)
-
-
-def _check_query(q: jax.Array, cache: KVCache) -> None:
-    spec = cache.spec
+def _check_query(q: jax.Array, view: LayerView) -> None:
     if q.ndim != 3:
         raise ValueError(f"attention: q must be [tokens, num_q_heads, head_dim], got shape {q.shape}")
-    if q.shape[2] != spec.head_dim:
-        raise ValueError(f"attention: q has head_dim {q.shape[2]}, the cache has {spec.head_dim}")
-    if q.shape[1] == 0 or q.shape[1] % spec.num_kv_heads:
+    if q.shape[2] != view.head_dim:
+        raise ValueError(f"attention: q has head_dim {q.shape[2]}, the cache has {view.head_dim}")
+    if q.shape[1] == 0 or q.shape[1] % view.num_kv_heads:
         raise ValueError(
-            f"attention: q has {q.shape[1]} heads, which is not a multiple of the cache's {spec.num_kv_heads} KV heads"
+            f"attention: q has {q.shape[1]} heads, which is not a multiple of the cache's {view.num_kv_heads} KV heads"
         )
     if jnp.dtype(q.dtype).name not in _DTYPES:
         raise TypeError(f"attention: q must be one of {', '.join(_DTYPES)}, got {jnp.dtype(q.dtype).name}")
-    if cache.view.shape != spec.view_shape or cache.view.dtype != spec.dtype:
-        raise ValueError(
-            f"attention: the cache's view is {cache.view.dtype}{list(cache.view.shape)}, "
-            f"its spec says {spec.dtype}{list(spec.view_shape)}; pass the cache that the manager returned"
-        )
 
 
 def _check_batch(batch: RaggedBatch) -> None:

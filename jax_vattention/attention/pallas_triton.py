@@ -14,6 +14,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jax_vattention.batch import RaggedBatch
+from jax_vattention.cache import LayerView
 
 _LOG2_E = math.log2(math.e)
 
@@ -58,9 +61,8 @@ class _Tiling:
         return max(16, pl.next_power_of_2(self.head_dim))
 
 
-def _tiling(q_shape, view_shape, batch: RaggedBatch, compute_dtype) -> _Tiling:
+def _tiling(q_shape, num_kv_heads: int, batch: RaggedBatch, compute_dtype) -> _Tiling:
     tokens, num_q_heads, head_dim = q_shape
-    num_kv_heads = view_shape[4]
     group = num_q_heads // num_kv_heads
     # Tiles shrink with the bytes of a row, so that K and V tiles of all stages fit in the shared memory.
     row_bytes = pl.next_power_of_2(head_dim) * jnp.dtype(compute_dtype).itemsize
@@ -79,17 +81,16 @@ def _tiling(q_shape, view_shape, batch: RaggedBatch, compute_dtype) -> _Tiling:
 
 def run(
     q: jax.Array,
-    view: jax.Array,
+    view: LayerView,
     order: jax.Array,
-    layer: jax.Array,
     batch: RaggedBatch,
     *,
     scale: float,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `attention`; works on the arrays of the cache and returns `(out, order)`."""
+    """See `attention`; returns `(out, order)`."""
     tokens, num_q_heads, _ = q.shape
-    tiling = _tiling(q.shape, view.shape, batch, jnp.promote_types(q.dtype, view.dtype))
+    tiling = _tiling(q.shape, view.num_kv_heads, batch, jnp.promote_types(q.dtype, view.k.dtype))
     if tiling.splits == 1:
         results = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
     else:
@@ -97,41 +98,71 @@ def run(
             jax.ShapeDtypeStruct((tiling.splits, *q.shape), jnp.float32),
             jax.ShapeDtypeStruct((tiling.splits, tokens, num_q_heads), jnp.float32),
         ]
-    scalars = (batch.slots, batch.q_starts, batch.q_lens, batch.kv_lens, layer.reshape(1))
-    operands = (order, *scalars, q, view)
+    firsts = () if view.window is None else (view.mapped[0],)
+    scalars = (batch.slots, batch.q_starts, batch.q_lens, batch.kv_lens, view.layer.reshape(1), *firsts)
+    views = (view.k,) if view.v is None else (view.k, view.v)
+    kernel = functools.partial(
+        _kernel, num_scalars=len(scalars), num_views=len(views), tiling=tiling, scale=scale, window=view.window
+    )
     order_out, *results = pl.pallas_call(
-        functools.partial(_kernel, tiling=tiling, scale=scale),
+        kernel,
         out_shape=[jax.ShapeDtypeStruct(order.shape, order.dtype), *results],
-        grid=(tiling.row_tiles * tiling.splits, view.shape[4], batch.num_requests),
+        grid=(tiling.row_tiles * tiling.splits, view.num_kv_heads, batch.num_requests),
         # The order token passes through, so that the read comes after one append and before the next.
         input_output_aliases={0: 0},
         compiler_params=plgpu.CompilerParams(num_warps=tiling.num_warps, num_stages=tiling.num_stages),
         interpret=interpret,
         name="attention_decode" if batch.max_q_len == 1 else "attention_prefill",
-    )(*operands)
+    )(order, *scalars, q, *views)
     out = results[0] if tiling.splits == 1 else _combine(*results)
     # No program writes the rows of padding tokens: what they hold is not initialised.
     return jnp.where(_owned(batch, tokens)[:, None, None], out, 0).astype(q.dtype), order_out
 
 
-def _kernel(
-    order_ref,  # [4], aliased to order_out_ref
-    slots_ref,  # [requests]
-    q_starts_ref,  # [requests]
-    q_lens_ref,  # [requests]
-    kv_lens_ref,  # [requests]
-    layer_ref,  # [1]
-    q_ref,  # [tokens, num_q_heads, head_dim]
-    view_ref,  # [num_slots, slot_tokens, num_layers, 2, num_kv_heads, head_dim]
-    order_out_ref,
-    out_ref,  # [tokens, num_q_heads, head_dim], or a partial result per split in front
-    lse_ref=None,  # [splits, tokens, num_q_heads], base 2; only if the keys are split
-    *,
-    tiling: _Tiling,
-    scale: float,
-):
-    """One tile of rows of one request and one KV head against one split of the keys."""
-    del order_ref, order_out_ref
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    """Where one program reads K and V: one KV head of one request in one layer."""
+
+    views: Sequence[Any]  # refs: one [slots, tokens, layers, 2, heads, dim], or two [slots, tokens, heads, dim]
+    slot: jax.Array
+    layer: jax.Array
+    kv_head: jax.Array
+    window: int | None
+    first: jax.Array | int
+    """The first token with memory behind it."""
+
+    @property
+    def dtype(self) -> Any:
+        return self.views[0].dtype
+
+    def at(self, which: int, tokens: jax.Array, dim: jax.Array):
+        """A ref of K (`which` 0) or V (1), `[tokens, dim]`."""
+        if len(self.views) == 1:
+            return self.views[0].at[self.slot, tokens[:, None], self.layer, which, self.kv_head, dim]
+        return self.views[which].at[self.slot, tokens[:, None], self.kv_head, dim]
+
+    def begin(self, position: jax.Array) -> jax.Array | int:
+        """The first key that a query sees."""
+        return 0 if self.window is None else jnp.maximum(position - self.window + 1, self.first)
+
+    def visible(self, positions: jax.Array, tokens: jax.Array) -> jax.Array:
+        """bool `[queries, keys]`."""
+        seen = tokens[None, :] <= positions[:, None]
+        return seen if self.window is None else seen & (tokens[None, :] > positions[:, None] - self.window)
+
+
+def _kernel(*refs, num_scalars: int, num_views: int, tiling: _Tiling, scale: float, window: int | None):
+    """One tile of rows of one request and one KV head against one split of the keys.
+
+    Args:
+      refs: order `[4]`; slots, q_starts, q_lens, kv_lens `[requests]`, layer `[1]` and, with a window, the first token
+        of each slot with memory behind it `[num_slots]`; q `[tokens, num_q_heads, head_dim]`; the views as `_Keys` has
+        them; then the results: order (aliased), out `[tokens, num_q_heads, head_dim]`, or with split keys a partial
+        result per split in front, and their log-sum-exp, base 2, `[splits, tokens, num_q_heads]`.
+    """
+    scalars, (q_ref, *others) = refs[1 : 1 + num_scalars], refs[1 + num_scalars :]
+    slots_ref, q_starts_ref, q_lens_ref, kv_lens_ref, layer_ref, *first_ref = scalars
+    views, (out_ref, *lse_refs) = others[:num_views], others[num_views + 1 :]  # the order token is aliased
     row_tile, split = pl.program_id(0) // tiling.splits, pl.program_id(0) % tiling.splits
     kv_head, request = pl.program_id(1), pl.program_id(2)
     q_len = q_lens_ref[request]
@@ -150,36 +181,36 @@ def _kernel(
         row_mask = owned[:, None] & (dim < tiling.head_dim)
         q = plgpu.load(q_ref.at[token[:, None], head[:, None], dim], mask=row_mask, other=0)
 
+        slot = slots_ref[request]
+        keys = _Keys(views, slot, layer_ref[0], kv_head, window, first_ref[0][slot] if first_ref else 0)
+        offset = kv_lens_ref[request] - q_len
         last_query = jnp.minimum(q_len - 1, (first_row + tiling.rows - 1) // tiling.group)
-        num_keys = kv_lens_ref[request] - q_len + last_query + 1
-        maximum, total, acc = _attend(
-            q, position, view_ref, slots_ref[request], layer_ref[0], kv_head, num_keys, split, tiling, scale
-        )
+        bounds = keys.begin(offset + first_row // tiling.group), offset + last_query + 1
+        maximum, total, acc = _attend(q, position, keys, bounds, split, tiling, scale)
         # A split without keys has total 0: its log-sum-exp is -inf, and the combination skips it.
         acc = acc / jnp.where(total == 0, 1, total)[:, None]
-        if lse_ref is None:
+        if not lse_refs:
             out_at = out_ref.at[token[:, None], head[:, None], dim]
         else:
             out_at = out_ref.at[split, token[:, None], head[:, None], dim]
-            plgpu.store(lse_ref.at[split, token, head], maximum + jnp.log(total) * _LOG2_E, mask=owned)
+            plgpu.store(lse_refs[0].at[split, token, head], maximum + jnp.log(total) * _LOG2_E, mask=owned)
         plgpu.store(out_at, acc.astype(out_ref.dtype), mask=row_mask)
 
 
-def _attend(q, position, view_ref, slot, layer, kv_head, num_keys, split, tiling: _Tiling, scale: float):
-    """Online softmax, base 2, of `q` `[rows, padded_dim]` over its split of the keys `0 .. num_keys - 1`.
+def _attend(q, position, keys: _Keys, bounds, split, tiling: _Tiling, scale: float):
+    """Online softmax, base 2, of `q` `[rows, padded_dim]` over its split of the keys `bounds[0] .. bounds[1] - 1`.
 
     Returns `(maximum [rows], total [rows], acc [rows, padded_dim])` in float32.
     """
     block_k = tiling.block_k
     dim = jnp.arange(tiling.padded_dim, dtype=jnp.int32)[None, :]
-    compute_dtype = jnp.promote_types(q.dtype, view_ref.dtype)
+    compute_dtype = jnp.promote_types(q.dtype, keys.dtype)
     q = q.astype(compute_dtype)
     # float32 is multiplied as float32, not as TF32.
     precision = lax.Precision.HIGHEST if compute_dtype == jnp.float32 else lax.Precision.DEFAULT
 
     def load(which, tokens, mask):
-        at = view_ref.at[slot, tokens[:, None], layer, which, kv_head, dim]
-        return plgpu.load(at, mask=mask, other=0).astype(compute_dtype)
+        return plgpu.load(keys.at(which, tokens, dim), mask=mask, other=0).astype(compute_dtype)
 
     def product(a, b, b_dim):
         return lax.dot_general(
@@ -189,26 +220,31 @@ def _attend(q, position, view_ref, slot, layer, kv_head, num_keys, split, tiling
     def step(block, state):
         maximum, total, acc = state
         tokens = block * block_k + jnp.arange(block_k, dtype=jnp.int32)
-        mask = (tokens < num_keys)[:, None] & (dim < tiling.head_dim)
+        read = tokens < bounds[1] if keys.window is None else (tokens < bounds[1]) & (tokens >= bounds[0])
+        mask = read[:, None] & (dim < tiling.head_dim)
         scores = product(q, load(0, tokens, mask), 1) * (scale * _LOG2_E)
-        scores = jnp.where(tokens[None, :] <= position[:, None], scores, -jnp.inf)
+        scores = jnp.where(keys.visible(position, tokens) & read, scores, -jnp.inf)
         new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores - new_maximum[:, None])
-        shrink = jnp.exp2(maximum - new_maximum)
+        # With a window a row may see nothing of the first tiles: its maximum is -inf until it does.
+        base = new_maximum if keys.window is None else jnp.where(new_maximum == -jnp.inf, 0, new_maximum)
+        weights = jnp.exp2(scores - base[:, None])
+        shrink = jnp.exp2(maximum - base)
         total = total * shrink + jnp.sum(weights, axis=1)
         acc = acc * shrink[:, None] + product(weights.astype(compute_dtype), load(1, tokens, mask), 0)
         return new_maximum, total, acc
 
-    blocks = pl.cdiv(num_keys, block_k)
-    split_blocks = pl.cdiv(blocks, tiling.splits)
-    first = split * split_blocks
-    # Every row sees a key of its first tile (key 0, or any key in decode), so no maximum stays -inf.
+    start = bounds[0] // block_k
+    end = pl.cdiv(bounds[1], block_k)
+    split_blocks = pl.cdiv(end - start, tiling.splits)
+    first = start + split * split_blocks
+    # Every row sees a key, itself if no other, so no maximum stays -inf. Without a window every row of a tile with
+    # keys sees one of them (key 0, or any key in decode).
     init = (
         jnp.full((tiling.rows,), -jnp.inf, jnp.float32),
         jnp.zeros((tiling.rows,), jnp.float32),
         jnp.zeros((tiling.rows, tiling.padded_dim), jnp.float32),
     )
-    return lax.fori_loop(first, jnp.minimum(first + split_blocks, blocks), step, init)
+    return lax.fori_loop(first, jnp.minimum(first + split_blocks, end), step, init)
 
 
 def _combine(parts: jax.Array, lse: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from jax import lax
 
 from jax_vattention import ffi
 from jax_vattention.batch import RaggedBatch
+from jax_vattention.cache import LayerView
 
 _BLOCK_Q = 64
 """Queries of a tile."""
@@ -38,53 +39,79 @@ class _Softmax(NamedTuple):
 class _Keys:
     """The keys and values of one request in one layer, read tile by tile."""
 
-    view: jax.Array  # [num_slots, slot_tokens, num_layers, 2, num_kv_heads, head_dim]
+    view: LayerView
     order: jax.Array  # int32 [4]
     slot: jax.Array  # int32
-    layer: jax.Array  # int32
     kv_len: jax.Array  # int32
 
     @property
     def block_k(self) -> int:
         """Keys of a tile."""
-        return min(_BLOCK_K, self.view.shape[1])
+        return min(_BLOCK_K, self.view.k.shape[1])
+
+    def blocks(self, positions: jax.Array) -> tuple[jax.Array | int, jax.Array]:
+        """The first tile that queries at ascending `positions` see, and one past the last."""
+        end = positions[-1] // self.block_k + 1
+        if self.view.window is None:
+            return 0, end
+        return jnp.maximum(positions[0] - self.view.window + 1, 0) // self.block_k, end
+
+    def visible(self, positions: jax.Array, key_positions: jax.Array) -> jax.Array:
+        """bool `[queries, keys]`."""
+        seen = key_positions[None, :] <= positions[:, None]
+        if self.view.window is not None:
+            seen &= key_positions[None, :] > positions[:, None] - self.view.window
+            seen &= key_positions[None, :] >= self.view.mapped[0, self.slot]
+        return seen
 
     def tile(self, block: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """K and V `[block_k, num_kv_heads, head_dim]` in float32 and the positions of the keys `[block_k]`.
 
-        Only tokens before `kv_len` are read; positions from there on hold something finite.
+        Only mapped tokens before `kv_len` are read; the positions of others hold something finite.
         """
         positions = block * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32)
-        operands = (self.view, self.order, self.slot, self.layer, self.kv_len, positions)
+        operands = (self.view, self.order, self.slot, self.kv_len, positions)
         k, v = lax.platform_dependent(*operands, cpu=_tile_by_custom_call, default=_tile_by_gather)
         return k.astype(jnp.float32), v.astype(jnp.float32), positions
 
 
-def _tile_by_custom_call(view, order, slot, layer, kv_len, positions):
-    return ffi.read_tile(
-        view, layer=layer, slot=slot, first=positions[0], length=kv_len, tokens=positions.size, order=order
+def _tile_by_custom_call(view: LayerView, order, slot, kv_len, positions):
+    tile = ffi.read_tile(
+        *view.views,
+        layer=view.layer,
+        slot=slot,
+        start=positions[0],
+        first=view.mapped[0, slot],
+        last=kv_len,
+        tokens=positions.size,
+        order=order,
     )
+    return tile[0], tile[1]
 
 
-def _tile_by_gather(view, order, slot, layer, kv_len, positions):
+def _tile_by_gather(view: LayerView, order, slot, kv_len, positions):
+    positions = jnp.maximum(jnp.minimum(positions, kv_len - 1), view.mapped[0, slot])
     # order[0] counts dropped writes, which XLA cannot know to be >= 0: every address depends on the last append.
-    mapped = jnp.minimum(positions, kv_len - 1) + jnp.minimum(order[0], 0)
-    return jnp.moveaxis(view.at[slot, mapped, layer].get(mode="promise_in_bounds"), 1, 0)
+    positions = positions + jnp.minimum(order[0], 0)
+    if view.v is None:
+        tile = view.k.at[slot, positions, view.layer].get(mode="promise_in_bounds")
+        return tile[:, 0], tile[:, 1]
+    return tuple(each.at[slot, positions].get(mode="promise_in_bounds") for each in view.views)
 
 
 def run(
-    q: jax.Array, view: jax.Array, order: jax.Array, layer: jax.Array, batch: RaggedBatch, *, scale: float
+    q: jax.Array, view: LayerView, order: jax.Array, batch: RaggedBatch, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """See `attention`; works on the arrays of the cache and returns `(out, order)`."""
+    """See `attention`; returns `(out, order)`."""
     tokens, num_q_heads, head_dim = q.shape
-    num_kv_heads = view.shape[4]
+    num_kv_heads = view.num_kv_heads
     block_q = min(_BLOCK_Q, batch.max_q_len, tokens)
     grouped = q.reshape(tokens, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
     # A tile behind the last token: dynamic_slice would otherwise move a tile that reaches past the end.
     grouped = jnp.pad(grouped, ((0, block_q), (0, 0), (0, 0), (0, 0)))
 
     def request(r, carry):
-        keys = _Keys(view, order, batch.slots[r], layer, batch.kv_lens[r])
+        keys = _Keys(view, order, batch.slots[r], batch.kv_lens[r])
         q_start, q_len = batch.q_starts[r], batch.q_lens[r]
 
         def tile(i, carry):
@@ -117,18 +144,19 @@ def _attend(q: jax.Array, keys: _Keys, positions: jax.Array) -> _Softmax:
 
     def step(block, state: _Softmax) -> _Softmax:
         k, v, key_positions = keys.tile(block)
-        visible = key_positions[None, :] <= positions[:, None]
-        scores = jnp.where(visible, score(q, k), -jnp.inf)
+        scores = jnp.where(keys.visible(positions, key_positions), score(q, k), -jnp.inf)
         maximum = jnp.maximum(state.maximum, scores.max(-1))
-        weights = jnp.exp(scores - maximum[..., None])
-        shrink = jnp.exp(state.maximum - maximum)
+        # With a window a query may see nothing of the first tiles: its maximum is -inf until it does.
+        base = maximum if keys.view.window is None else jnp.where(maximum == -jnp.inf, 0, maximum)
+        weights = jnp.exp(scores - base[..., None])
+        shrink = jnp.exp(state.maximum - base)
         total = state.total * shrink + weights.sum(-1)
         return _Softmax(maximum, total, state.acc * shrink[..., None] + weigh(weights, v))
 
     shape = (num_kv_heads, group, block_q)
     init = _Softmax(jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
-    # Key 0 is in the first tile and every query sees it: no maximum stays -inf.
-    return lax.fori_loop(0, positions[-1] // keys.block_k + 1, step, init)
+    # Every query sees a key, itself if no other: no maximum stays -inf. Without a window the first tile has one, key 0.
+    return lax.fori_loop(*keys.blocks(positions), step, init)
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:

@@ -1,0 +1,70 @@
+"""Caches for tests that need no manager, and ways to read one token by token."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_vattention import KVCache
+
+
+def abstract_cache(spec):
+    """Shapes and dtypes of a cache, to compile programs for."""
+
+    def int32(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    views = tuple(
+        tuple(jax.ShapeDtypeStruct(group.plane_shape, spec.dtype) for _ in range(group.planes))
+        for group in spec.kv_groups
+    )
+    return KVCache(views, tuple(int32(2, spec.num_slots) for _ in views), int32(4), spec)
+
+
+def plain_cache(spec, contents, seen=None):
+    """Ordinary arrays, NaN where nothing was written, and behind the windows of `seen` tokens.
+
+    Args:
+      contents: slot -> K and V `[tokens, layers, 2, heads, dim]`.
+      seen: slot -> tokens whose queries are over.
+    """
+    views, mapped = [], []
+    for group in spec.kv_groups:
+        planes = [np.full(group.plane_shape, np.nan, np.float32) for _ in range(group.planes)]
+        bounds = np.zeros((2, spec.num_slots), np.int32)
+        bounds[1] = spec.max_seq_len
+        for slot, kv in contents.items():
+            first = 0 if group.window is None or not seen else max(0, seen[slot] - group.window + 1)
+            bounds[0, slot] = first
+            for index, layer in enumerate(group.layers):
+                for part in range(2):
+                    plane_token = plane_at(spec, planes, index, part)
+                    plane_token[slot, first : len(kv)] = kv[first:, layer, part]
+        views.append(tuple(jnp.asarray(plane, spec.dtype) for plane in planes))
+        mapped.append(jnp.asarray(bounds))
+    return KVCache(tuple(views), tuple(mapped), jnp.zeros(4, jnp.int32), spec)
+
+
+def plane_at(spec, planes, index, part):
+    """K (`part` 0) or V (1) of a group's layer number `index`: `[slots, tokens, heads, dim]`."""
+    return planes[0][:, :, index, part] if spec.layout == "token_major" else planes[2 * index + part]
+
+
+@jax.jit
+def _rows(plane, slot, position):
+    start = (slot, position, *[0] * (plane.ndim - 2))
+    return jax.lax.dynamic_slice(plane, start, (1, 1, *plane.shape[2:]))[0, 0]
+
+
+def read_token(cache, slot, position):
+    """One token, for each layer `[2, heads, dim]` in float32, read through the views; nothing else is touched."""
+    found = {}
+    for group, planes in zip(cache.spec.kv_groups, cache.views, strict=True):
+        rows = [np.asarray(_rows(plane, slot, position), np.float32) for plane in planes]
+        for index, layer in enumerate(group.layers):
+            if cache.spec.layout == "token_major":
+                found[layer] = rows[0][index]
+            else:
+                found[layer] = np.stack(rows[2 * index : 2 * index + 2])
+    return [found[layer] for layer in range(cache.spec.num_layers)]
