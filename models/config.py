@@ -111,8 +111,12 @@ class LlamaConfig:
         max_seq_len: int | None = None,
         dtype: Any = jnp.bfloat16,
         page_bytes: int = DEFAULT_PAGE_BYTES,
+        **options: Any,
     ) -> KVCacheSpec:
-        """The cache this model needs; `max_seq_len` is the model's maximum if not given."""
+        """The cache this model needs; `max_seq_len` is the model's maximum if not given.
+
+        Other `options` go to `KVCacheSpec`: `large_page_bytes`, `layout`, `groups`.
+        """
         return KVCacheSpec(
             num_layers=self.num_layers,
             num_kv_heads=self.num_kv_heads,
@@ -121,6 +125,7 @@ class LlamaConfig:
             max_seq_len=self.max_position_embeddings if max_seq_len is None else max_seq_len,
             dtype=dtype,
             page_bytes=page_bytes,
+            **options,
         )
 
     @classmethod

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from caches import read_token
 
-from jax_vattention import KVCache, KVCacheManager, KVCacheSpec, errors
+from jax_vattention import KVCache, KVCacheManager, KVCacheSpec, LayerGroup, errors
 
 LAYERS, HEADS = 3, 2
 
@@ -94,6 +95,70 @@ def test_masked_tokens_are_not_written(device, page_bytes, strict):
         assert read(cache, 0, 0).any()
         assert not read(cache, 0, 1).any()
         del cache, done
+
+
+GROUPS = (LayerGroup((0, 2), window=30), LayerGroup((1,), num_kv_heads=3, head_dim=8))
+
+
+@pytest.mark.parametrize("layout", ["token_major", "layer_major"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_append_in_every_layout_and_group(device, page_bytes, strict, layout, joined):
+    spec = KVCacheSpec(LAYERS, HEADS, 64, 3, 2000, jnp.float32, page_bytes, layout=layout, groups=GROUPS)
+    where = [(0, 0), (2, 1999), (1, 6), (0, 999), (2, 0)]
+    slots, positions = ints(*(s for s, _ in where)), ints(*(p for _, p in where))
+
+    @jax.jit
+    def program(cache, kv):
+        for layer, (k, v) in enumerate(kv):
+            both = (jnp.stack([k, v], 1), None) if joined else (k, v)
+            cache = cache.append(*both, layer=layer, slots=slots, positions=positions)
+        return cache
+
+    rng = np.random.default_rng(0)
+    kv = [jnp.asarray(rng.standard_normal((2, 5, h, d)), jnp.float32) for h, d in ((2, 64), (3, 8), (2, 64))]
+    with KVCacheManager(spec, pool_bytes=10_000 * page_bytes, device=device, strict=strict) as manager:
+        cache = manager.step({manager.allocate(): length for length in (1000, 7, 2000)})
+        done = program(cache, kv)
+        manager.finish(done)
+        for token, (slot, position) in enumerate(where):
+            for found, written in zip(read_token(cache, slot, position), kv, strict=True):
+                np.testing.assert_array_equal(found, written[:, token])
+        assert not any(layer.any() for layer in read_token(cache, 0, 998))
+        assert repr(cache) == f"KVCache(views={2 if layout == 'token_major' else 6}, dtype=float32)"
+        with pytest.raises(ValueError, match="this cache has several arrays"):
+            _ = cache.view
+        del cache, done
+
+
+def test_a_traced_layer_cannot_choose_one_of_several_arrays(device, page_bytes, strict):
+    spec = KVCacheSpec(LAYERS, HEADS, 64, 3, 2000, jnp.float32, page_bytes, layout="layer_major")
+    with KVCacheManager(spec, pool_bytes=100 * page_bytes, device=device, strict=strict) as manager:
+        cache = manager.step({manager.allocate(): 4})
+        k, v = random_kv(spec, 1)
+        with pytest.raises(TypeError, match="expected a Python int, for this cache has several arrays"):
+            append(cache, k, v, 1, ints(0), ints(0))
+        del cache
+
+
+def test_writes_behind_a_window_are_dropped_and_reported(device, page_bytes, strict):
+    spec = KVCacheSpec(LAYERS, HEADS, 64, 3, 2000, jnp.float32, page_bytes, groups=GROUPS)
+    page = spec.kv_groups[0].tokens_in(1)
+    with KVCacheManager(spec, pool_bytes=1000 * page_bytes, device=device, strict=strict) as manager:
+        slot = manager.allocate()
+        length = min(4 * page + 30, 2000)
+        manager.finish(manager.step({slot: length}))
+        cache = manager.step({slot: length}, seq_lens={slot: length - 1})
+        first = int(cache.mapped[0][0, slot])
+        assert first % page == 0
+        assert length - 1 - 30 - page < first <= length - 30
+        assert int(cache.mapped[1][0, slot]) == 0
+        k, v = random_kv(spec, 1)
+        write = jax.jit(lambda cache, position: cache.append(k, v, layer=2, slots=ints(slot), positions=position))
+        manager.finish(write(cache, ints(first)))
+        cache = manager.step({})
+        with pytest.raises(errors.DroppedWriteError, match=rf"slot {slot}, position {first - 1}"):
+            manager.finish(write(cache, ints(first - 1)))
+        del cache
 
 
 @pytest.mark.parametrize(("slot", "position"), [(0, 10**6), (0, -1), (1, 0), (-1, 0), (3, 0), (2**31 - 1, 2**31 - 1)])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_vattention import KVCacheSpec
+from jax_vattention import KVCacheSpec, LayerGroup
 
 SIZES = {
     "num_layers": 32,
@@ -20,10 +20,62 @@ def test_llama_3_8b():
     spec = KVCacheSpec(**SIZES, dtype=jnp.bfloat16)
     assert spec.token_bytes == 128 * 1024
     assert spec.tokens_per_page == 16
-    assert spec.slot_tokens == 8192
+    assert spec.kv_groups[0].slot_tokens == 8192
     assert spec.view_shape == (4, 8192, 32, 2, 8, 128)
     assert spec.view_bytes == 4 * 8192 * 128 * 1024
     assert [spec.pages_for(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
+
+
+def test_layer_major_llama_3_8b():
+    spec = KVCacheSpec(**SIZES, layout="layer_major")
+    (group,) = spec.kv_groups
+    assert group.planes == 64
+    assert group.plane_shape == (4, 8192, 8, 128)
+    # A page holds 1,024 tokens of K or V of one layer, and a request takes one in every plane.
+    assert spec.tokens_per_page == 1024
+    assert [spec.pages_for(n) for n in (0, 1, 1024, 1025)] == [0, 64, 64, 128]
+    assert spec.view_bytes == KVCacheSpec(**SIZES).view_bytes
+    with pytest.raises(ValueError, match="this cache has several arrays"):
+        _ = spec.view_shape
+
+
+def test_groups():
+    groups = (LayerGroup(range(0, 32, 2), window=1024), LayerGroup(range(1, 32, 2), num_kv_heads=2, head_dim=64))
+    spec = KVCacheSpec(**SIZES, groups=groups)
+    windowed, full = spec.kv_groups
+    assert (windowed.window, windowed.num_kv_heads, windowed.head_dim) == (1024, 8, 128)
+    assert (full.window, full.num_kv_heads, full.head_dim) == (None, 2, 64)
+    assert spec.places == tuple((layer % 2, layer // 2) for layer in range(32))
+    assert spec.token_bytes == 16 * 2 * 2 * (8 * 128 + 2 * 64)
+    assert spec.pages_for(17) == windowed.pages_for(17) + full.pages_for(17)
+    # Pages before a token hold nothing of it, and the first token behind them is all there.
+    for token in (0, 1, 31, 32, 33, 1000):
+        pages = windowed.pages_before(token)
+        assert pages * windowed.page_bytes <= token * windowed.token_bytes < (pages + 1) * windowed.page_bytes
+        assert windowed.first_token_in(pages) <= token
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": (LayerGroup(range(31)),)}, "expected each of the layers 0 to 31 in one group"),
+        ({"groups": (LayerGroup(range(32)), LayerGroup((0,)))}, "expected each of the layers 0 to 31 in one group"),
+        ({"groups": (LayerGroup(range(32)), LayerGroup(()))}, "expected each of the layers 0 to 31 in one group"),
+        ({"layout": "heads_major"}, "KVCacheSpec.layout: expected one of token_major, layer_major, got 'heads_major'"),
+        ({"large_page_bytes": (3 << 20,)}, "large_page_bytes: expected ascending multiples"),
+        ({"large_page_bytes": (8 << 20, 4 << 20)}, "large_page_bytes: expected ascending multiples"),
+    ],
+)
+def test_options_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        KVCacheSpec(**SIZES, **options)
+
+
+def test_a_group_checks_itself():
+    with pytest.raises(ValueError, match=r"LayerGroup.window: expected a positive integer, got 0"):
+        LayerGroup((0,), window=0)
+    with pytest.raises(TypeError, match="expected LayerGroup"):
+        KVCacheSpec(**SIZES, groups=((0, 1),))
 
 
 @pytest.mark.parametrize("name", [*SIZES, "page_bytes"])
@@ -61,8 +113,9 @@ def test_positions_must_fit_int32():
 )
 def test_arithmetic(num_layers, num_kv_heads, head_dim, max_seq_len, page_bytes, dtype, tokens):
     spec = KVCacheSpec(num_layers, num_kv_heads, head_dim, 3, max_seq_len, dtype, page_bytes)
-    assert spec.slot_tokens >= max_seq_len
-    assert spec.slot_bytes == spec.slot_tokens * spec.token_bytes == spec.slot_pages * page_bytes
+    (group,) = spec.kv_groups
+    assert group.slot_tokens >= max_seq_len
+    assert spec.slot_bytes == group.slot_tokens * spec.token_bytes == spec.slot_pages * page_bytes
     tokens = min(tokens, max_seq_len)
     pages = spec.pages_for(tokens)
     assert spec.tokens_in(pages) >= tokens

@@ -155,7 +155,9 @@ class Engine:
         """The cache with room for this many more tokens of each sequence; None where one had to be preempted."""
         try:
             return self.manager.step(
-                scheduler.lengths(sequences, tokens), next_lengths=scheduler.next_lengths(sequences, tokens)
+                scheduler.lengths(sequences, tokens),
+                seq_lens=scheduler.seq_lens(sequences),
+                next_lengths=scheduler.next_lengths(sequences, tokens),
             )
         except OutOfPagesError as error:
             scheduler.preempt(error)

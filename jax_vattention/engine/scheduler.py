@@ -69,6 +69,10 @@ class Scheduler:
         """What `KVCacheManager.step` must back so that each sequence can add this many tokens to the cache."""
         return {s.slot: s.cached + count for s, count in zip(sequences, tokens, strict=True) if s.slot is not None}
 
+    def seq_lens(self, sequences: list[Sequence]) -> dict[int, int]:
+        """Tokens that the cache holds of each, so that what is behind a sliding window can be given back."""
+        return {s.slot: s.cached for s in sequences if s.slot is not None}
+
     def next_lengths(self, sequences: list[Sequence], tokens: list[int]) -> dict[int, int]:
         """What the step after that will probably have to back, for the manager to map meanwhile."""
         found = {}
