@@ -195,6 +195,23 @@ def test_unknown_slots(manager):
     del cache
 
 
+def test_lengths_of_any_kind_of_integer(manager):
+    slots = [manager.allocate() for _ in range(4)]
+    kinds = [int, np.int32, np.uint64, jnp.int32, np.array]
+    for length, kind in enumerate(kinds, start=1):
+        manager.finish(manager.step({slot: kind(length) for slot in slots}))
+        assert manager.stats().tokens_live == 4 * length
+    manager.finish(manager.step(dict(zip(slots, (7, np.int8(8), np.uint64(9), True), strict=True))))
+    assert manager.stats().tokens_live == 7 + 8 + 9 + len(kinds)
+    manager.finish(manager.step({}))
+    for bad in ([7], 7.0, "7"):
+        with pytest.raises(TypeError, match="length of slot 1: expected an integer"):
+            manager.step({0: 9, 1: bad})
+    with pytest.raises(errors.UnknownSlotError, match="slot 4 is not allocated"):
+        manager.step({0: 9, 4: 1})
+    assert manager.stats().tokens_live == 7 + 8 + 9 + len(kinds)
+
+
 def test_lengths_out_of_range(manager):
     slot = manager.allocate()
     limit = manager.spec.max_seq_len
