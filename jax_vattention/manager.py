@@ -524,17 +524,18 @@ class KVCacheManager:
         """Queues taking away about so many spare pages: large ones first, for they cost least each byte; then those of
         parked slots, the one parked longest first; then spare ones of live slots behind `keep_tokens`."""
         slots = self._slots
-
-        def cost(candidate: tuple[int, int]) -> tuple[int, bool, int]:
-            slot, _ = candidate
-            span = max(extent.last_span for extent in slots.extents[slot])
-            return -span, bool(slots.state[slot] != SlotState.PARKED), int(slots.parked_at[slot])
-
+        candidates = self._takeable(keep_tokens)
+        numbers = np.array([slot for slot, _ in candidates], np.int64)
+        spans = np.zeros(len(numbers), np.int64)
+        if self.spec.large_page_bytes:
+            spans[:] = [max(extent.last_span for extent in slots.extents[slot]) for slot, _ in candidates]
+        live = slots.state[numbers] != SlotState.PARKED
         pieces: Pieces = []
         taken = 0
-        for slot, tokens in sorted(self._takeable(keep_tokens), key=cost):
+        for candidate in np.lexsort((slots.parked_at[numbers], live, -spans)).tolist():
             if taken >= pages:
                 break
+            slot, tokens = candidates[candidate]
             parked = slots.state[slot] == SlotState.PARKED
             found = slots.cut_tail(slot, tokens, pages - taken)
             count = slots.count(found)
