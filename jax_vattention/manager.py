@@ -572,7 +572,11 @@ class KVCacheManager:
         """Parks freed slots that no program can be using any more, and has their pages zeroed."""
         slots = self._slots
         for slot in slots.where(SlotState.RETIRED).tolist():
-            if slots.epoch[slot] > self._done_epoch or slots.ticket[slot] > self._mapper.completed:
+            if slots.epoch[slot] > self._done_epoch:
+                continue
+            # Parking does not wait for pages that are still being mapped ahead; giving some back does.
+            gives_back = not self._background or any(extent.first for extent in slots.extents[slot])
+            if gives_back and slots.ticket[slot] > self._mapper.completed:
                 continue
             behind = slots.without_start(slot)
             if behind:

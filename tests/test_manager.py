@@ -385,6 +385,41 @@ def test_the_slot_that_fits_best_is_taken_over(manager):
         manager.allocate(10**9)
 
 
+def test_a_freed_slot_does_not_wait_for_what_is_being_mapped_ahead(device, page_bytes, strict):
+    with make(device, page_bytes, strict, pages=6, num_slots=2, lookahead_steps=1) as manager:
+        page = int(manager.spec.tokens_per_page)
+        slots = [manager.allocate(3 * page) for _ in range(2)]
+        manager.finish(manager.step(dict.fromkeys(slots, page)))
+        manager._memory.set_delay(20_000)
+        manager.finish(manager.step({}, next_lengths=dict.fromkeys(slots, 3 * page)))
+        for slot in slots:
+            manager.free(slot)
+        slots = [manager.allocate(page) for _ in range(2)]
+        # One of them needs pages that are on their way to the other.
+        manager.finish(manager.step({slots[0]: 5 * page, slots[1]: page}))
+        manager._memory.set_delay(0)
+        assert conserved(manager).pages_mapped == 6
+
+
+def test_mapping_ahead_that_fails_for_a_freed_slot_is_undone(device, page_bytes, strict):
+    with make(device, page_bytes, strict, num_slots=1, lookahead_steps=1) as manager:
+        page = int(manager.spec.tokens_per_page)
+        slot = manager.allocate(5 * page)
+        manager.finish(manager.step({slot: page}))
+        manager.sync()
+        manager._memory.inject_failure(0, True)
+        manager._memory.set_delay(20_000)
+        manager.finish(manager.step({}, next_lengths={slot: 5 * page}))
+        manager.free(slot)
+        assert manager.stats().slots_parked == 1
+        manager._memory.set_delay(0)
+        stats = conserved(manager)
+        assert (stats.background_failures, stats.slots_parked, stats.pages_retained) == (1, 1, 2)
+        assert manager.allocate() == slot
+        manager.finish(manager.step({slot: 5 * page}))
+        assert conserved(manager).pages_mapped == 5
+
+
 def test_a_stable_load_maps_nothing(manager):
     page = int(manager.spec.tokens_per_page)
 
