@@ -1,7 +1,7 @@
-"""Replays a request trace against KV caches: one serving loop with simulated step times, and two caches that only count.
+"""Replays a request trace against KV caches: a serving loop with simulated step times, and two caches that only count.
 
-The loop is that of a server with continuous batching and chunked prefill. No model runs and no memory is touched here: a
-cache says which pages it needs, and the length of a step comes from `StepCost`.
+The loop is that of a server with continuous batching and chunked prefill. No model runs and no memory is touched here:
+a cache says which pages it needs, and the length of a step comes from `StepCost`.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ class Cache(Protocol):
 class CountedCache:
     """A cache that is only counted: pages of equal size, given out one at a time and taken back with the request.
 
-    With pages of 16 tokens it is PagedAttention's (vLLM calls a page a block, and keeps 1% of them free when it admits a
-    request; arXiv 2309.06180). With one page of `max_seq_len` tokens for each request it is a static cache.
+    With pages of 16 tokens it is PagedAttention's (vLLM calls a page a block, and keeps 1% of them free when it admits
+    a request; arXiv 2309.06180). With one page of `max_seq_len` tokens for each request it is a static cache.
     """
 
     def __init__(self, pool_tokens: int, page_tokens: int, *, num_slots: int, watermark_share: float = 0.0):
@@ -225,8 +225,6 @@ class Replay:
     steps: Steps
     first_token_seconds: np.ndarray
     """Of each request, from its arrival to its first token."""
-    finish_seconds: np.ndarray
-    """Of each request, from its arrival to its last token."""
     preemptions: int
     recomputed_tokens: int
     """That preempted requests had in the cache."""
@@ -302,11 +300,9 @@ class _Server:
         self._lengths = np.zeros(cache.num_slots, np.int32)
         self._next_lengths = np.zeros(cache.num_slots, np.int32)
         self._finished = 0
-        self._generated_counts = np.zeros(
-            int(trace.generated_tokens.max()) + 1, np.int64
-        )  # by length, of finished ones
+        # Of finished requests: how many generated so many tokens.
+        self._generated_counts = np.zeros(int(trace.generated_tokens.max()) + 1, np.int64)
         self._first_token = np.full(len(trace), np.nan)
-        self._finish = np.full(len(trace), np.nan)
         self._preemptions = self._recomputed = 0
         self._warm_step: int | None = None
         self._warm_finished = 0
@@ -327,7 +323,6 @@ class _Server:
         return Replay(
             Steps(*table),
             self._first_token - self._arrivals,
-            self._finish - self._arrivals,
             self._preemptions,
             self._recomputed,
             steps if self._warm_step is None else self._warm_step,
@@ -451,7 +446,6 @@ class _Server:
         places = np.flatnonzero(self._known[running] == trace.prompt_tokens[running] + trace.generated_tokens[running])
         if places.size:
             done = running[places]
-            self._finish[done] = self._now
             np.add.at(self._generated_counts, trace.generated_tokens[done], 1)
             self._finished += places.size
             self._leave(places)

@@ -195,6 +195,23 @@ def test_unknown_slots(manager):
     del cache
 
 
+def test_lengths_of_any_kind_of_integer(manager):
+    slots = [manager.allocate() for _ in range(4)]
+    kinds = [int, np.int32, np.uint64, jnp.int32, np.array]
+    for length, kind in enumerate(kinds, start=1):
+        manager.finish(manager.step({slot: kind(length) for slot in slots}))
+        assert manager.stats().tokens_live == 4 * length
+    manager.finish(manager.step(dict(zip(slots, (7, np.int8(8), np.uint64(9), True), strict=True))))
+    assert manager.stats().tokens_live == 7 + 8 + 9 + len(kinds)
+    manager.finish(manager.step({}))
+    for bad in ([7], 7.0, "7"):
+        with pytest.raises(TypeError, match="length of slot 1: expected an integer"):
+            manager.step({0: 9, 1: bad})
+    with pytest.raises(errors.UnknownSlotError, match="slot 4 is not allocated"):
+        manager.step({0: 9, 4: 1})
+    assert manager.stats().tokens_live == 7 + 8 + 9 + len(kinds)
+
+
 def test_lengths_out_of_range(manager):
     slot = manager.allocate()
     limit = manager.spec.max_seq_len
@@ -366,6 +383,41 @@ def test_the_slot_that_fits_best_is_taken_over(manager):
     assert manager.allocate() == max(set(range(4)) - {1, 3}, key=lambda s: manager._slots.parked_at[s])
     with pytest.raises(errors.SequenceTooLongError, match="expected_tokens: expected 0 to"):
         manager.allocate(10**9)
+
+
+def test_a_freed_slot_does_not_wait_for_what_is_being_mapped_ahead(device, page_bytes, strict):
+    with make(device, page_bytes, strict, pages=6, num_slots=2, lookahead_steps=1) as manager:
+        page = int(manager.spec.tokens_per_page)
+        slots = [manager.allocate(3 * page) for _ in range(2)]
+        manager.finish(manager.step(dict.fromkeys(slots, page)))
+        manager._memory.set_delay(20_000)
+        manager.finish(manager.step({}, next_lengths=dict.fromkeys(slots, 3 * page)))
+        for slot in slots:
+            manager.free(slot)
+        slots = [manager.allocate(page) for _ in range(2)]
+        # One of them needs pages that are on their way to the other.
+        manager.finish(manager.step({slots[0]: 5 * page, slots[1]: page}))
+        manager._memory.set_delay(0)
+        assert conserved(manager).pages_mapped == 6
+
+
+def test_mapping_ahead_that_fails_for_a_freed_slot_is_undone(device, page_bytes, strict):
+    with make(device, page_bytes, strict, num_slots=1, lookahead_steps=1) as manager:
+        page = int(manager.spec.tokens_per_page)
+        slot = manager.allocate(5 * page)
+        manager.finish(manager.step({slot: page}))
+        manager.sync()
+        manager._memory.inject_failure(0, True)
+        manager._memory.set_delay(20_000)
+        manager.finish(manager.step({}, next_lengths={slot: 5 * page}))
+        manager.free(slot)
+        assert manager.stats().slots_parked == 1
+        manager._memory.set_delay(0)
+        stats = conserved(manager)
+        assert (stats.background_failures, stats.slots_parked, stats.pages_retained) == (1, 1, 2)
+        assert manager.allocate() == slot
+        manager.finish(manager.step({slot: 5 * page}))
+        assert conserved(manager).pages_mapped == 5
 
 
 def test_a_stable_load_maps_nothing(manager):

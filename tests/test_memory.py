@@ -285,6 +285,27 @@ def test_pages_must_fit_the_granularity(memory, page):
         PagePool(memory, [page], 1 << 21)
 
 
+def test_calls_are_counted_by_name(buffer, memory):
+    def calls(action):
+        before = memory.calls()
+        action()
+        return {name: count - before.get(name, 0) for name, count in memory.calls().items() if count != before.get(name)}
+
+    cuda = memory.platform == "cuda"
+    created, mapped, unmapped = ("cuMemCreate", "cuMemMap", "cuMemUnmap") if cuda else ("fallocate", "mmap", "mmap")
+    access = {"cuMemSetAccess": 3} if cuda else {}
+    # The two pages of the second range are zeroed by one call.
+    zeroed = {"cuMemsetD8Async": 2, "cuStreamSynchronize": 1} if cuda else {"memset": 2}
+    assert calls(lambda: buffer.map([(0, 1, 1), (4, 2, 1)])) == {created: 3, mapped: 3} | access | zeroed
+    assert calls(lambda: buffer.unmap([(4, 2, 1)])) == {unmapped: 2}
+    # Pages that the pool kept are not made again.
+    assert calls(lambda: buffer.native.map([(4, 2, 1)], False)) == {mapped: 2} | {name: 2 for name in access}
+    memory.inject_failure(0, True)
+    with pytest.raises(errors.DriverError):
+        buffer.map([(9, 1, 1)])
+    assert memory.calls()[created] == 4  # the one that failed too
+
+
 def test_memory_info(memory):
     free_bytes, total_bytes = memory.info()
     assert 0 < free_bytes <= total_bytes

@@ -170,7 +170,7 @@ PYBIND11_MODULE(_native, module) {
       .def_static("cuda", &OpenCudaMemory, py::arg("ordinal"), Unlocked())
       .def_property_readonly("platform", &Memory::platform)
       .def_property_readonly("granularity", &Memory::granularity)
-      .def_property_readonly("calls", &Memory::calls)
+      .def("calls", &Memory::calls)
       .def("info",
            [](Memory& memory) {
              const MemoryInfo info = memory.Info();

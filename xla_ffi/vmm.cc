@@ -13,15 +13,15 @@ void Memory::InjectFailure(int64_t calls, bool out_of_memory) {
   fail_out_of_memory_ = out_of_memory;
 }
 
-int64_t Memory::calls() const {
+std::map<std::string, int64_t> Memory::calls() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return calls_;
+  return {calls_.begin(), calls_.end()};
 }
 
 void Memory::CountCall(const char* call, const std::string& state) {
   if (const int64_t delay = delay_microseconds_) std::this_thread::sleep_for(std::chrono::microseconds(delay));
   std::lock_guard<std::mutex> lock(mutex_);
-  ++calls_;
+  ++calls_[call];
   if (!calls_until_failure_) return;
   if (*calls_until_failure_ > 0) {
     --*calls_until_failure_;

@@ -12,10 +12,12 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "error.h"
@@ -65,17 +67,18 @@ class Memory {
   // For tests: every backend call takes this much longer, so that work in the background is seen under way.
   void SetDelay(int64_t microseconds) { delay_microseconds_ = microseconds; }
 
-  // Calls into the driver or the kernel since this memory was opened.
-  int64_t calls() const;
+  // Calls into the driver or the kernel since this memory was opened, by name, those that failed too. Clean-up (what
+  // releases pages and reservations) is not counted.
+  std::map<std::string, int64_t> calls() const;
 
  protected:
   Memory() = default;
-  // Stands before every driver call.
+  // Stands before every driver call. `call` is a literal.
   void CountCall(const char* call, const std::string& state);
 
  private:
   mutable std::mutex mutex_;
-  int64_t calls_ = 0;
+  std::map<std::string_view, int64_t> calls_;  // the names are literals
   std::optional<int64_t> calls_until_failure_;
   bool fail_out_of_memory_ = true;
   std::atomic<int64_t> delay_microseconds_{0};
