@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jax_vattention.stats import SlotSnapshot, Snapshot
 
@@ -41,10 +41,12 @@ def load(path: str | os.PathLike[str]) -> Snapshot:
         raise FileNotFoundError(f"{path}: no such file. Write one with manager.snapshot().to_json()")
     try:
         snapshot = Snapshot.from_json(path.read_text(encoding="utf-8"))
-        for record in (snapshot.stats, *snapshot.slots):
+        records: list[Any] = [snapshot.stats, *snapshot.slots]
+        for record in records:
             for field in dataclasses.fields(record):
                 value = getattr(record, field.name)
-                if not isinstance(value, _KINDS.get(str(field.type), object)):
+                kind: Any = _KINDS.get(str(field.type), object)
+                if not isinstance(value, kind):
                     raise ValueError(f"{field.name}: expected {field.type}, got {value!r}")
     except ValueError as error:
         raise ValueError(f"{path}: no snapshot as manager.snapshot().to_json() writes it: {error}") from error
