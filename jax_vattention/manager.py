@@ -138,6 +138,7 @@ class KVCacheManager:
         self._mapped_on_device: list[jax.Array] = [None] * len(self._buffers)  # type: ignore[list-item]
         self._page_tokens = max(1, int(spec.tokens_per_page))
         self._jobs: collections.deque[_Job] = collections.deque()  # that the mapper has, in order
+        self._booked = 0  # the last ticket of which the books show what became of it
         self._errors: dict[int, Exception] = {}  # of background work, by the slot that depends on it
         self._epoch = 0  # caches handed out
         self._done_epoch = 0  # programs up to this one are over
@@ -287,9 +288,13 @@ class KVCacheManager:
         """
         with self._lock:
             self._poll()
+            failures = self._counts["background_failures"]
             while self._jobs:
                 self._mapper.wait(self._jobs[-1].ticket)
-                self._poll()
+                if self._counts["background_failures"] == failures:
+                    self._poll()
+                else:
+                    self._collect()  # what failed is tried again later, or this would not end
 
     def stats(self) -> CacheStats:
         """Counts of pages, slots and bytes now, and of what was done so far."""
@@ -372,11 +377,10 @@ class KVCacheManager:
         """Makes sure of the pages of slots that need more: of all of them, or of none."""
         slots = self._slots
         self._settle(short, wanted)
-        for slot in short.tolist():
-            # Surfaces here, where it matters. A lack of memory may have passed: that is tried again below.
-            error = self._errors.pop(slot, None)
-            if error is not None and not _is_memory(error):
-                raise error
+        # Surfaces here, where it matters. A lack of memory may have passed: that is tried again below.
+        errors = [self._errors.pop(slot) for slot in short.tolist() if slot in self._errors]
+        errors = [error for error in errors if not _is_memory(error)]
+        _raise_first(errors)
         # Those that could not be zeroed in the background.
         self._wait([self._zero(slot, int(slots.dirty[slot])) for slot in short[slots.dirty[short] > 0].tolist()])
         lacking = short[wanted[short] > slots.attached[short]].tolist()
@@ -395,6 +399,7 @@ class KVCacheManager:
         ticket = int(np.where(unsure, slots.ticket[short], slots.zeroed[short]).max())
         if ticket > self._mapper.completed:
             self._wait_for(ticket)
+        if ticket > self._booked:
             self._collect()
 
     def _map_now(self, lacking: list[int], wanted: np.ndarray) -> None:
@@ -461,12 +466,11 @@ class KVCacheManager:
         ahead = changed[slots.goal[changed] > slots.attached[changed]]
         if not ahead.size:
             return
-        completed = self._mapper.completed
         pieces: Pieces = []
         pages = 0
         for slot in ahead.tolist():
-            if slots.ticket[slot] > completed:
-                continue  # one piece of work at a time for a slot, so that each can be undone
+            if slots.ticket[slot] > self._booked or slot in self._errors:
+                continue  # one piece of work at a time for a slot, so that each can be undone; and errors first
             found = slots.plan(slot, int(slots.goal[slot]))
             count = slots.count(found)
             missing = pages + count - self._pages_free - self._pages_leaving
@@ -495,11 +499,10 @@ class KVCacheManager:
         ready = int((slots.attached[parked] >= tokens).sum())
         if ready >= wanted:
             return
-        completed = self._mapper.completed
         for slot in (*parked[slots.attached[parked] < tokens].tolist(), *slots.where(SlotState.IDLE).tolist()):
             if ready >= wanted:
                 return
-            if slots.ticket[slot] > completed:
+            if slots.ticket[slot] > self._booked:
                 continue
             pieces = slots.plan(slot, tokens)
             if slots.count(pieces) > self._pages_free - self._reclaim_at:
@@ -516,7 +519,7 @@ class KVCacheManager:
         # Of a retired slot, what was never granted is in no program's reach; once those are over, nothing is.
         keep = np.where(retired & (slots.epoch > self._done_epoch), slots.dirty, keep)
         found = (slots.state == SlotState.PARKED) | ((live | retired) & (slots.attached > keep))
-        found &= slots.ticket <= self._mapper.completed  # what is under way could not be undone apart
+        found &= slots.ticket <= self._booked  # what is under way could not be undone apart
         return [(slot, int(keep[slot])) for slot in np.flatnonzero(found).tolist()]
 
     def _reclaim(self, pages: int, keep_tokens: np.ndarray, why: str) -> list[_Job]:
@@ -575,7 +578,7 @@ class KVCacheManager:
                 continue
             # Parking does not wait for pages that are still being mapped ahead; giving some back does.
             gives_back = not self._background or any(extent.first for extent in slots.extents[slot])
-            if gives_back and slots.ticket[slot] > self._mapper.completed:
+            if gives_back and slots.ticket[slot] > self._booked:
                 continue
             behind = slots.without_start(slot)
             if behind:
@@ -607,7 +610,7 @@ class KVCacheManager:
             first = np.maximum(seen - group.window + 1, 0)
             behind = np.flatnonzero((first - slots.mapped[g][0]) * group.token_bytes >= group.page_bytes)
             for slot in behind.tolist():
-                if slots.ticket[slot] > self._mapper.completed:
+                if slots.ticket[slot] > self._booked:
                     continue
                 before = int(slots.pages_granted[slot])
                 pieces = slots.cut_head(slot, g, int(first[slot]))
@@ -659,13 +662,18 @@ class KVCacheManager:
         """
         if not jobs:
             return
+        for job in jobs:
+            job.cause = "needed"
         self._wait_for(jobs[-1].ticket)
         self._collect()
+        errors = []
         for job in jobs:
             for _, slot, _ in job.pieces:
                 self._errors.pop(slot, None)  # raised here
             if job.error is not None:
-                raise job.error
+                errors.append(job.error)
+                job.error = None
+        _raise_first(errors)
 
     def _wait_for(self, ticket: int) -> None:
         start = time.perf_counter()
@@ -681,8 +689,8 @@ class KVCacheManager:
 
     def _collect(self) -> None:
         """Books what the mapper has done."""
-        completed = self._mapper.completed
-        while self._jobs and self._jobs[0].ticket <= completed:
+        self._booked = self._mapper.completed
+        while self._jobs and self._jobs[0].ticket <= self._booked:
             job = self._jobs.popleft()
             try:
                 self._mapper.raise_if_failed(job.ticket)
@@ -710,7 +718,9 @@ class KVCacheManager:
         slots = self._slots
         if job.cause != "needed":
             self._counts["background_failures"] += 1
-            _log.warning("background work failed and is undone: %s of %d pages: %s", job.kind, job.pages, job.error)
+            # As text: a handler that keeps the error would keep the frames that it is raised through later.
+            what = f"{job.kind} of {job.pages} pages: {job.error}"
+            _log.warning("background work failed and is undone: %s", what)
         if job.kind == "map":
             slots.detach(job.pieces)
             self._pages_free += job.pages
@@ -865,6 +875,19 @@ def _integers(values: Collection[Any]) -> np.ndarray | None:
     except (TypeError, ValueError):
         return None
     return array if array.dtype.kind in "iu" and array.ndim == 1 else None
+
+
+def _raise_first(errors: list[Exception]) -> None:
+    """Raises the first, if any. The list is emptied: an error that can be reached from the frames it was raised through
+    keeps them, and the caches in them, until the garbage collector comes."""
+    if not errors:
+        return
+    error = errors[0]
+    errors.clear()
+    try:
+        raise error
+    finally:
+        del error
 
 
 def _is_memory(error: Exception) -> bool:

@@ -10,7 +10,7 @@ import jax
 import pytest
 from fences import run
 
-READS = {"cpu": 300, "gpu": 1000}
+READS = {"cpu": 300, "gpu": 50}
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
 

@@ -1,6 +1,8 @@
 #include "mapper.h"
 
 #include <chrono>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace jax_vattention {
@@ -29,6 +31,10 @@ Mapper::Ticket Mapper::Submit(Job job) {
 
 void Mapper::Wait(Ticket ticket) {
   std::unique_lock<std::mutex> lock(mutex_);
+  if (ticket > submitted_) {
+    throw std::invalid_argument("ticket " + std::to_string(ticket) + " was never given out: the last is " +
+                                std::to_string(submitted_));
+  }
   progress_.wait(lock, [&] { return completed_ >= ticket; });
 }
 

@@ -37,7 +37,7 @@ class Mapper {
   Ticket Submit(Job job);
   // The last ticket whose job is done, whether it failed or not.
   Ticket completed() const { return completed_; }
-  // Waits for a job.
+  // Waits for a job. Throws std::invalid_argument for a ticket that was never given out.
   void Wait(Ticket ticket);
   // Throws what a job that is done threw, once; returns if it did not fail.
   void ThrowIfFailed(Ticket ticket);

@@ -25,7 +25,7 @@ namespace {
 struct ExportedBuffer {
   ExportedBuffer(std::shared_ptr<PagePool> pool, size_t bytes) : buffer(std::move(pool), bytes) {}
   PagedBuffer buffer;
-  std::atomic<int64_t> views{0};
+  const std::shared_ptr<std::atomic<int64_t>> views = std::make_shared<std::atomic<int64_t>>(0);
 };
 
 // Owns what a DLPack consumer points to. Its deleter needs no interpreter: XLA may call it on any thread, at any time.
@@ -37,8 +37,10 @@ struct Export {
 
 void DeleteExport(dlpack::ManagedTensor* managed) {
   auto* exported = static_cast<Export*>(managed->owner);
-  --exported->buffer->views;
+  const std::shared_ptr<std::atomic<int64_t>> views = exported->buffer->views;
   delete exported;
+  // Not before: whoever sees no view is the last owner, and frees the memory itself.
+  --*views;
 }
 
 constexpr const char* kCapsule = "dltensor";
@@ -79,15 +81,12 @@ py::capsule ToDlpack(const std::shared_ptr<ExportedBuffer>& buffer, std::vector<
     auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(object, kCapsule));
     managed->deleter(managed);
   });
-  ++buffer->views;
+  ++*buffer->views;
   exported.release();
   return capsule;
 }
 
 using RangeList = std::vector<std::tuple<int64_t, int64_t, int64_t>>;  // (page, count, span)
-// Work on several buffers that is done as a whole.
-using Work = std::vector<std::pair<std::shared_ptr<ExportedBuffer>, std::vector<PageRange>>>;
-
 std::vector<PageRange> Ranges(const RangeList& ranges) {
   std::vector<PageRange> result;
   result.reserve(ranges.size());
@@ -95,44 +94,16 @@ std::vector<PageRange> Ranges(const RangeList& ranges) {
   return result;
 }
 
-Work WorkOf(const std::vector<std::pair<std::shared_ptr<ExportedBuffer>, RangeList>>& parts) {
-  Work work;
+using Parts = std::vector<std::pair<std::shared_ptr<ExportedBuffer>, RangeList>>;
+
+// Shares the ownership of the exported buffers.
+PagedBuffer::Work WorkOf(const Parts& parts) {
+  PagedBuffer::Work work;
   work.reserve(parts.size());
-  for (const auto& [buffer, ranges] : parts) work.emplace_back(buffer, Ranges(ranges));
+  for (const auto& [exported, ranges] : parts) {
+    work.emplace_back(std::shared_ptr<PagedBuffer>(exported, &exported->buffer), Ranges(ranges));
+  }
   return work;
-}
-
-// All or nothing over all buffers, as each buffer is over its ranges.
-void MapAll(const Work& work, bool zero) {
-  size_t done = 0;
-  try {
-    for (; done < work.size(); ++done) work[done].first->buffer.Map(work[done].second, zero);
-  } catch (...) {
-    while (done-- > 0) {
-      try {
-        work[done].first->buffer.Unmap(work[done].second);
-      } catch (const std::exception& error) {
-        std::fprintf(stderr, "jax_vattention: undoing a mapping failed: %s\n", error.what());
-      }
-    }
-    throw;
-  }
-}
-
-void UnmapAll(const Work& work) {
-  size_t done = 0;
-  try {
-    for (; done < work.size(); ++done) work[done].first->buffer.Unmap(work[done].second);
-  } catch (...) {
-    while (done-- > 0) {
-      try {
-        work[done].first->buffer.Map(work[done].second, false);
-      } catch (const std::exception& error) {
-        std::fprintf(stderr, "jax_vattention: mapping again failed: %s\n", error.what());
-      }
-    }
-    throw;
-  }
 }
 
 template <typename Handler>
@@ -164,6 +135,8 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "Virtual memory, page pools and custom calls of jax_vattention.";
   py::register_local_exception_translator(TranslateErrors);
   using Unlocked = py::call_guard<py::gil_scoped_release>;
+  // Destructors of these call the driver, or wait for a thread.
+  using Unlocking = py::release_gil_before_calling_cpp_dtor;
 
   py::class_<Memory, std::shared_ptr<Memory>>(module, "Memory")
       .def_static("host", &OpenHostMemory, py::arg("strict"))
@@ -176,10 +149,12 @@ PYBIND11_MODULE(_native, module) {
              const MemoryInfo info = memory.Info();
              return std::make_pair(info.free_bytes, info.total_bytes);
            })
-      .def("inject_failure", &Memory::InjectFailure, py::arg("calls"), py::arg("out_of_memory"))
+      .def("inject_failure", &Memory::InjectFailure, py::arg("calls"), py::arg("out_of_memory"),
+           py::arg("times") = 1)
+      .def_property_readonly("injected", &Memory::injected)
       .def("set_delay", &Memory::SetDelay, py::arg("microseconds"));
 
-  py::class_<PagePool, std::shared_ptr<PagePool>>(module, "PagePool")
+  py::class_<PagePool, std::shared_ptr<PagePool>>(module, "PagePool", Unlocking())
       .def(py::init<std::shared_ptr<Memory>, std::vector<size_t>, size_t>(), py::arg("memory"), py::arg("page_bytes"),
            py::arg("total_bytes"))
       .def_property_readonly("page_bytes", &PagePool::page_bytes)
@@ -195,12 +170,12 @@ PYBIND11_MODULE(_native, module) {
         return counts;
       });
 
-  py::class_<ExportedBuffer, std::shared_ptr<ExportedBuffer>>(module, "PagedBuffer")
+  py::class_<ExportedBuffer, std::shared_ptr<ExportedBuffer>>(module, "PagedBuffer", Unlocking())
       .def(py::init<std::shared_ptr<PagePool>, size_t>(), py::arg("pool"), py::arg("bytes"))
       .def_property_readonly("address", [](const ExportedBuffer& self) { return self.buffer.address(); })
       .def_property_readonly("bytes", [](const ExportedBuffer& self) { return self.buffer.bytes(); })
       .def_property_readonly("mapped_pages", [](const ExportedBuffer& self) { return self.buffer.mapped_pages(); })
-      .def_property_readonly("views", [](const ExportedBuffer& self) { return self.views.load(); })
+      .def_property_readonly("views", [](const ExportedBuffer& self) { return self.views->load(); })
       .def_property_readonly("dlpack_device",
                              [](const ExportedBuffer& self) {
                                const dlpack::Device device = DeviceOf(self.buffer);
@@ -209,48 +184,47 @@ PYBIND11_MODULE(_native, module) {
       .def("dlpack", &ToDlpack, py::arg("shape"), py::arg("bfloat"), py::arg("bits"), py::arg("offset"))
       .def(
           "map",
-          [](ExportedBuffer& self, const RangeList& ranges, bool zero) {
-            const std::vector<PageRange> checked = Ranges(ranges);
+          [](const std::shared_ptr<ExportedBuffer>& self, const RangeList& ranges, bool zero) {
+            const PagedBuffer::Work work = WorkOf({{self, ranges}});
             py::gil_scoped_release unlocked;
-            self.buffer.Map(checked, zero);
+            PagedBuffer::Map(work, zero);
           },
           py::arg("ranges"), py::arg("zero"))
       .def(
           "unmap",
-          [](ExportedBuffer& self, const RangeList& ranges) {
-            const std::vector<PageRange> checked = Ranges(ranges);
+          [](const std::shared_ptr<ExportedBuffer>& self, const RangeList& ranges) {
+            const PagedBuffer::Work work = WorkOf({{self, ranges}});
             py::gil_scoped_release unlocked;
-            self.buffer.Unmap(checked);
+            PagedBuffer::Unmap(work);
           },
           py::arg("ranges"))
       .def(
           "zero",
-          [](ExportedBuffer& self, const RangeList& ranges) {
-            const std::vector<PageRange> checked = Ranges(ranges);
+          [](const std::shared_ptr<ExportedBuffer>& self, const RangeList& ranges) {
+            const PagedBuffer::Work work = WorkOf({{self, ranges}});
             py::gil_scoped_release unlocked;
-            self.buffer.Zero(checked);
+            PagedBuffer::Zero(work);
           },
           py::arg("ranges"));
 
-  using Parts = std::vector<std::pair<std::shared_ptr<ExportedBuffer>, RangeList>>;
-  py::class_<Mapper>(module, "Mapper")
+  py::class_<Mapper>(module, "Mapper", Unlocking())
       .def(py::init<>())
       .def(
           "map",
           [](Mapper& self, const Parts& parts, bool zero) {
-            return self.Submit([work = WorkOf(parts), zero] { MapAll(work, zero); });
+            return self.Submit([work = WorkOf(parts), zero] { PagedBuffer::Map(work, zero); });
           },
           py::arg("parts"), py::arg("zero"))
       .def(
           "unmap",
-          [](Mapper& self, const Parts& parts) { return self.Submit([work = WorkOf(parts)] { UnmapAll(work); }); },
+          [](Mapper& self, const Parts& parts) {
+            return self.Submit([work = WorkOf(parts)] { PagedBuffer::Unmap(work); });
+          },
           py::arg("parts"))
       .def(
           "zero",
           [](Mapper& self, const Parts& parts) {
-            return self.Submit([work = WorkOf(parts)] {
-              for (const auto& [buffer, ranges] : work) buffer->buffer.Zero(ranges);
-            });
+            return self.Submit([work = WorkOf(parts)] { PagedBuffer::Zero(work); });
           },
           py::arg("parts"))
       .def_property_readonly("completed", &Mapper::completed)

@@ -1,6 +1,7 @@
 #include "page_pool.h"
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 

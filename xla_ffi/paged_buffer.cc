@@ -17,7 +17,7 @@ PagedBuffer::PagedBuffer(std::shared_ptr<PagePool> pool, size_t bytes)
 
 PagedBuffer::~PagedBuffer() {
   std::vector<Page> pages;
-  while (!mapped_.empty()) pages.push_back(Detach(mapped_.begin()->first));
+  while (!mapped_.empty()) pages.push_back(Detach(mapped_.begin()));
   pool_->Give(std::move(pages));
 }
 
@@ -43,22 +43,42 @@ std::vector<PagedBuffer::Place> PagedBuffer::Expand(const std::vector<PageRange>
   return places;
 }
 
-bool PagedBuffer::Overlaps(const Place& place) const {
-  const auto after = mapped_.lower_bound(place.page);
-  if (after != mapped_.end() && after->first < place.page + place.span) return true;
-  if (after == mapped_.begin()) return false;
-  const auto before = std::prev(after);
-  return before->first + static_cast<int64_t>(before->second.page.bytes() / pool_->page_bytes()) > place.page;
+PagedBuffer::Table::iterator PagedBuffer::Overlapping(const Place& place) {
+  auto entry = mapped_.lower_bound(place.page);
+  if (entry != mapped_.end() && entry->first < place.page + place.span) return entry;
+  if (entry == mapped_.begin()) return mapped_.end();
+  --entry;
+  return entry->first + SpanOf(entry->second.page) > place.page ? entry : mapped_.end();
 }
 
-bool PagedBuffer::Covered(int64_t page, int64_t count) const {
-  const int64_t end = page + count;
-  while (page < end) {
+void PagedBuffer::CheckFree(const std::vector<Place>& places) {
+  for (const Place& place : places) {
+    for (auto entry = Overlapping(place); entry != mapped_.end(); entry = Overlapping(place)) {
+      if (entry->second.wanted) {
+        throw std::invalid_argument("page " + std::to_string(place.page) + " is mapped already");
+      }
+      Mend(entry);
+    }
+  }
+}
+
+void PagedBuffer::CheckMapped(const std::vector<Place>& places) const {
+  for (const Place& place : places) {
+    const auto entry = mapped_.find(place.page);
+    if (entry == mapped_.end() || !entry->second.wanted || SpanOf(entry->second.page) != place.span) {
+      throw std::invalid_argument("page " + std::to_string(place.page) + " is not mapped, or in another size");
+    }
+  }
+}
+
+bool PagedBuffer::Covered(const PageRange& range) const {
+  const int64_t end = range.page + range.count * range.span;
+  for (int64_t page = range.page; page < end;) {
     auto entry = mapped_.upper_bound(page);
     if (entry == mapped_.begin()) return false;
     --entry;
-    const int64_t next = entry->first + static_cast<int64_t>(entry->second.page.bytes() / pool_->page_bytes());
-    if (next <= page) return false;
+    const int64_t next = entry->first + SpanOf(entry->second.page);
+    if (next <= page || !entry->second.wanted || !entry->second.mapping) return false;
     page = next;
   }
   return true;
@@ -67,89 +87,159 @@ bool PagedBuffer::Covered(int64_t page, int64_t count) const {
 std::vector<Memory::Range> PagedBuffer::Addresses(const std::vector<PageRange>& ranges) const {
   std::vector<Memory::Range> addresses;
   for (const PageRange& range : ranges) {
-    addresses.push_back({address() + range.page * pool_->page_bytes(), range.count * range.span * pool_->page_bytes()});
+    addresses.push_back({address() + OffsetOf(range.page), OffsetOf(range.count * range.span)});
   }
   return addresses;
 }
 
-Page PagedBuffer::Detach(int64_t number) {
-  const auto entry = mapped_.find(number);
-  Page page = std::move(entry->second.page);
-  mapped_.erase(entry);
-  mapped_pages_ -= static_cast<int64_t>(page.bytes() / pool_->page_bytes());
-  return page;
+std::vector<PagedBuffer::Share> PagedBuffer::Begin(const Work& work) {
+  std::map<PagedBuffer*, std::vector<PageRange>> merged;
+  for (const auto& [buffer, ranges] : work) {
+    std::vector<PageRange>& all = merged[buffer.get()];
+    all.insert(all.end(), ranges.begin(), ranges.end());
+  }
+  std::vector<Share> shares;
+  for (auto& [buffer, ranges] : merged) {
+    std::vector<Place> places = buffer->Expand(ranges);
+    shares.push_back({buffer, std::unique_lock(buffer->mutex_), std::move(ranges), std::move(places), {}});
+    buffer->MendAll();
+  }
+  return shares;
 }
 
-void PagedBuffer::Map(const std::vector<PageRange>& ranges, bool zero) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const std::vector<Place> places = Expand(ranges);
-  std::vector<size_t> sizes;
-  for (const Place& place : places) {
-    if (Overlaps(place)) throw std::invalid_argument("page " + std::to_string(place.page) + " is mapped already");
-    sizes.push_back(place.span * pool_->page_bytes());
-  }
-  std::vector<Page> pages = pool_->Take(sizes);
-  size_t done = 0;
+void PagedBuffer::Map(const Work& work, bool zero) {
+  std::vector<Share> shares = Begin(work);
+  for (Share& share : shares) share.buffer->CheckFree(share.places);
   try {
-    for (; done < places.size(); ++done) {
-      // A reference until it is mapped: if that fails the page is still among those to give back.
-      Mapping mapping(reservation_, places[done].page * pool_->page_bytes(), pages[done]);
-      mapped_.try_emplace(places[done].page, MappedPage{std::move(pages[done]), std::move(mapping)});
-      mapped_pages_ += places[done].span;
+    for (Share& share : shares) share.buffer->TakePages(share);
+    for (Share& share : shares) share.buffer->MapPages(share);
+    if (zero) {
+      for (Share& share : shares) share.buffer->pool_->memory()->Zero(share.buffer->Addresses(share.ranges));
     }
-    if (zero) pool_->memory()->Zero(Addresses(ranges));
   } catch (...) {
-    std::vector<Page> unused;
-    for (size_t i = 0; i < places.size(); ++i) unused.push_back(i < done ? Detach(places[i].page) : std::move(pages[i]));
-    pool_->Give(std::move(unused));
+    for (Share& share : shares) share.buffer->UndoMap(share);
     throw;
   }
 }
 
-void PagedBuffer::Unmap(const std::vector<PageRange>& ranges) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const std::vector<Place> places = Expand(ranges);
-  for (const Place& place : places) {
-    const auto entry = mapped_.find(place.page);
-    if (entry == mapped_.end() || entry->second.page.bytes() != place.span * pool_->page_bytes()) {
-      throw std::invalid_argument("page " + std::to_string(place.page) + " is not mapped, or in another size");
-    }
-  }
-  size_t done = 0;
+void PagedBuffer::Unmap(const Work& work) {
+  std::vector<Share> shares = Begin(work);
+  for (Share& share : shares) share.buffer->CheckMapped(share.places);
   try {
-    for (; done < places.size(); ++done) mapped_.find(places[done].page)->second.mapping.Unmap();
+    for (Share& share : shares) share.buffer->UnmapPages(share);
   } catch (...) {
-    for (size_t i = 0; i < done; ++i) MapAgain(places[i].page, Detach(places[i].page));
+    for (Share& share : shares) share.buffer->UndoUnmap(share);
     throw;
   }
-  std::vector<Page> pages;
-  for (const Place& place : places) pages.push_back(Detach(place.page));
-  pool_->Give(std::move(pages));
+  // Only now: nobody else can take a page that may have to go back to its place.
+  for (Share& share : shares) share.buffer->GivePages(share);
 }
 
-void PagedBuffer::Zero(const std::vector<PageRange>& ranges) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  Expand(ranges);  // checks
-  for (const PageRange& range : ranges) {
-    if (!Covered(range.page, range.count * range.span)) {
+void PagedBuffer::Zero(const Work& work) {
+  std::vector<Share> shares = Begin(work);
+  for (Share& share : shares) {
+    for (const PageRange& range : share.ranges) {
+      if (share.buffer->Covered(range)) continue;
       throw std::invalid_argument("page " + std::to_string(range.page) + " or one behind it is not mapped");
     }
   }
-  pool_->memory()->Zero(Addresses(ranges));
+  for (Share& share : shares) share.buffer->pool_->memory()->Zero(share.buffer->Addresses(share.ranges));
 }
 
-void PagedBuffer::MapAgain(int64_t number, Page page) noexcept {
-  try {
-    Mapping mapping(reservation_, number * pool_->page_bytes(), page);
-    mapped_pages_ += static_cast<int64_t>(page.bytes() / pool_->page_bytes());
-    mapped_.try_emplace(number, MappedPage{std::move(page), std::move(mapping)});
-  } catch (const std::exception& error) {
-    // Nothing is lost but the place: the page goes back to the pool.
-    std::fprintf(stderr, "jax_vattention: page %lld could not be mapped again: %s\n", static_cast<long long>(number),
-                 error.what());
+void PagedBuffer::TakePages(Share& share) {
+  std::vector<size_t> sizes;
+  for (const Place& place : share.places) sizes.push_back(OffsetOf(place.span));
+  share.pages = pool_->Take(sizes);
+}
+
+void PagedBuffer::MapPages(Share& share) {
+  for (; share.done < share.places.size(); ++share.done) {
+    const Place& place = share.places[share.done];
+    Page& page = share.pages[share.done];
+    // A reference until it is mapped: if that fails the page is still among those to give back.
+    Mapping mapping(reservation_, OffsetOf(place.page), page);
+    mapped_.try_emplace(place.page, MappedPage{std::move(page), std::move(mapping), true});
+    mapped_pages_ += place.span;
+  }
+}
+
+void PagedBuffer::UndoMap(Share& share) noexcept {
+  for (size_t i = 0; i < share.done; ++i) {
+    const auto entry = mapped_.find(share.places[i].page);
+    entry->second.wanted = false;
+    mapped_pages_ -= share.places[i].span;
+    try {
+      Mend(entry);
+    } catch (const std::exception& error) {
+      broken_ = true;
+      std::fprintf(stderr, "jax_vattention: undoing a mapping failed, and will be tried again: %s\n", error.what());
+    }
+  }
+  std::vector<Page> unused;  // the others were moved into the table
+  for (size_t i = share.done; i < share.pages.size(); ++i) unused.push_back(std::move(share.pages[i]));
+  pool_->Give(std::move(unused));
+}
+
+void PagedBuffer::UnmapPages(Share& share) {
+  for (; share.done < share.places.size(); ++share.done) {
+    std::optional<Mapping>& mapping = mapped_.find(share.places[share.done].page)->second.mapping;
+    if (!mapping) continue;  // broken
+    mapping->Unmap();
+    mapping.reset();
+  }
+}
+
+void PagedBuffer::UndoUnmap(Share& share) noexcept {
+  for (size_t i = 0; i < share.done; ++i) {
+    const auto entry = mapped_.find(share.places[i].page);
+    try {
+      entry->second.mapping.emplace(reservation_, OffsetOf(entry->first), entry->second.page);
+    } catch (const std::exception& error) {
+      broken_ = true;
+      std::fprintf(stderr, "jax_vattention: page %lld could not be mapped again, which will be tried again: %s\n",
+                   static_cast<long long>(entry->first), error.what());
+    }
+  }
+}
+
+void PagedBuffer::GivePages(Share& share) {
+  std::vector<Page> pages;
+  for (const Place& place : share.places) {
+    pages.push_back(Detach(mapped_.find(place.page)));
+    mapped_pages_ -= place.span;
+  }
+  pool_->Give(std::move(pages));
+}
+
+Page PagedBuffer::Detach(Table::iterator entry) {
+  Page page = std::move(entry->second.page);
+  mapped_.erase(entry);
+  return page;
+}
+
+void PagedBuffer::Mend(Table::iterator entry) {
+  MappedPage& mapped = entry->second;
+  if (mapped.wanted) {
+    mapped.mapping.emplace(reservation_, OffsetOf(entry->first), mapped.page);
+  } else {
+    mapped.mapping->Unmap();
     std::vector<Page> pages;
-    pages.push_back(std::move(page));
+    pages.push_back(Detach(entry));
     pool_->Give(std::move(pages));
+  }
+}
+
+void PagedBuffer::MendAll() noexcept {
+  if (!broken_) return;
+  broken_ = false;
+  for (auto next = mapped_.begin(); next != mapped_.end();) {
+    const auto entry = next++;
+    if (entry->second.wanted == entry->second.mapping.has_value()) continue;
+    try {
+      Mend(entry);
+    } catch (const std::exception&) {
+      broken_ = true;  // logged when it broke. Work on the same place throws what stands in its way.
+    }
   }
 }
 

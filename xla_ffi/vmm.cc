@@ -7,10 +7,16 @@
 
 namespace jax_vattention {
 
-void Memory::InjectFailure(int64_t calls, bool out_of_memory) {
+void Memory::InjectFailure(int64_t calls, bool out_of_memory, int64_t times) {
   std::lock_guard<std::mutex> lock(mutex_);
   calls_until_failure_ = calls;
+  failures_ahead_ = times;
   fail_out_of_memory_ = out_of_memory;
+}
+
+int64_t Memory::injected() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return injected_;
 }
 
 std::map<std::string, int64_t> Memory::calls() const {
@@ -20,15 +26,28 @@ std::map<std::string, int64_t> Memory::calls() const {
 
 void Memory::CountCall(const char* call, const std::string& state) {
   if (const int64_t delay = delay_microseconds_) std::this_thread::sleep_for(std::chrono::microseconds(delay));
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++calls_[call];
-  if (!calls_until_failure_) return;
-  if (*calls_until_failure_ > 0) {
-    --*calls_until_failure_;
-    return;
+  bool out_of_memory;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++calls_[call];
+    if (failures_ahead_ == 0) return;
+    if (calls_until_failure_ > 0) {
+      --calls_until_failure_;
+      return;
+    }
+    --failures_ahead_;
+    ++injected_;
+    out_of_memory = fail_out_of_memory_;
   }
-  calls_until_failure_.reset();
-  throw DriverError(call, 0, "an injected failure", state, fail_out_of_memory_);
+  Refuse(call, state + " (an injected failure)", out_of_memory);
+}
+
+void Memory::CountCleanUp(const char* call, const std::string& state) noexcept {
+  try {
+    CountCall(call, state);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "jax_vattention: %s\n", error.what());
+  }
 }
 
 Page::Page(std::shared_ptr<Memory> memory, size_t bytes)

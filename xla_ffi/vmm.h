@@ -15,7 +15,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -60,26 +59,35 @@ class Memory {
   virtual void ReleasePage(Handle page, size_t bytes) noexcept = 0;
   virtual void ReleaseReservation(uintptr_t address, size_t bytes) noexcept = 0;
 
-  // For tests: lets `calls` more backend calls succeed, then makes one fail with out-of-memory (or with an ordinary
-  // error). A clean-up never fails by injection.
-  void InjectFailure(int64_t calls, bool out_of_memory);
+  // For tests: lets `calls` more backend calls succeed, then makes the next `times` fail with out-of-memory (or with an
+  // ordinary error), as the backend itself would report it. Those calls are not made; but what a clean-up was to
+  // release is released all the same, so that a test finds no leak that it made itself.
+  void InjectFailure(int64_t calls, bool out_of_memory, int64_t times = 1);
+  // Failures injected since this memory was opened.
+  int64_t injected() const;
 
   // For tests: every backend call takes this much longer, so that work in the background is seen under way.
   void SetDelay(int64_t microseconds) { delay_microseconds_ = microseconds; }
 
-  // Calls into the driver or the kernel since this memory was opened, by name, those that failed too. Clean-up (what
-  // releases pages and reservations) is not counted.
+  // Calls into the driver or the kernel since this memory was opened, by name, those that failed
+  // and those of clean-up too.
   std::map<std::string, int64_t> calls() const;
 
  protected:
   Memory() = default;
   // Stands before every driver call. `call` is a literal.
   void CountCall(const char* call, const std::string& state);
+  // The same before a call that nobody could be told the failure of: it is logged.
+  void CountCleanUp(const char* call, const std::string& state) noexcept;
+  // Throws what this call throws when the backend refuses it.
+  virtual void Refuse(const char* call, const std::string& state, bool out_of_memory) const = 0;
 
  private:
   mutable std::mutex mutex_;
   std::map<std::string_view, int64_t> calls_;  // the names are literals
-  std::optional<int64_t> calls_until_failure_;
+  int64_t injected_ = 0;
+  int64_t calls_until_failure_ = 0;
+  int64_t failures_ahead_ = 0;
   bool fail_out_of_memory_ = true;
   std::atomic<int64_t> delay_microseconds_{0};
 };

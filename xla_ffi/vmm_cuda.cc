@@ -62,10 +62,10 @@ class CudaMemory final : public Memory {
   }
 
   void ReleasePage(Handle page, size_t bytes) noexcept override {
+    const std::string state = "releasing a page of " + std::to_string(bytes) + " bytes";
+    CountCleanUp("cuMemRelease", state);
     ScopedContext current(context_.get());
-    if (current.ok()) {
-      LogIfFailed(api_.cuMemRelease(page), "cuMemRelease", "releasing " + std::to_string(bytes) + " bytes");
-    }
+    if (current.ok()) LogIfFailed(api_.cuMemRelease(page), "cuMemRelease", state);
   }
 
   uintptr_t Reserve(size_t bytes) override {
@@ -77,8 +77,10 @@ class CudaMemory final : public Memory {
   }
 
   void ReleaseReservation(uintptr_t address, size_t bytes) noexcept override {
+    const std::string state = "releasing " + Describe(address, bytes);
+    CountCleanUp("cuMemAddressFree", state);
     ScopedContext current(context_.get());
-    if (current.ok()) LogIfFailed(api_.cuMemAddressFree(address, bytes), "cuMemAddressFree", Describe(address, bytes));
+    if (current.ok()) LogIfFailed(api_.cuMemAddressFree(address, bytes), "cuMemAddressFree", state);
   }
 
   void Map(uintptr_t address, size_t bytes, Handle page) override {
@@ -109,13 +111,25 @@ class CudaMemory final : public Memory {
   }
 
   void Zero(const std::vector<Range>& ranges) override {
-    for (const Range& range : ranges) {
-      const Scope scope(*this, "cuMemsetD8Async", "zeroing " + Describe(range.address, range.bytes));
-      scope.Check(api_.cuMemsetD8Async(range.address, 0, range.bytes, stream_));
+    try {
+      for (const Range& range : ranges) {
+        const Scope scope(*this, "cuMemsetD8Async", "zeroing " + Describe(range.address, range.bytes));
+        scope.Check(api_.cuMemsetD8Async(range.address, 0, range.bytes, stream_));
+      }
+      // One wait for all of them: it costs more than the writes.
+      const Scope scope(*this, "cuStreamSynchronize", "zeroing " + std::to_string(ranges.size()) + " ranges");
+      scope.Check(api_.cuStreamSynchronize(stream_));
+    } catch (...) {
+      // Those that were queued may still be writing, to pages that the caller is about to unmap.
+      ScopedContext current(context_.get());
+      if (current.ok()) LogIfFailed(api_.cuStreamSynchronize(stream_), "cuStreamSynchronize", "undoing a zeroing");
+      throw;
     }
-    // One wait for all of them: it costs more than the writes.
-    const Scope scope(*this, "cuStreamSynchronize", "zeroing " + std::to_string(ranges.size()) + " ranges");
-    scope.Check(api_.cuStreamSynchronize(stream_));
+  }
+
+ protected:
+  void Refuse(const char* call, const std::string& state, bool out_of_memory) const override {
+    Check(out_of_memory ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_ERROR_UNKNOWN, call, state);
   }
 
  private:

@@ -85,6 +85,7 @@ class HostMemory final : public Memory {
   }
 
   void ReleasePage(Handle page, size_t bytes) noexcept override {
+    CountCleanUp("fallocate", "releasing a page of " + std::to_string(bytes) + " bytes");
     if (fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, page, bytes) != 0) {
       std::fprintf(stderr, "jax_vattention: fallocate failed with %s: releasing a page\n", ErrnoName(errno));
     }
@@ -100,6 +101,7 @@ class HostMemory final : public Memory {
   }
 
   void ReleaseReservation(uintptr_t address, size_t bytes) noexcept override {
+    CountCleanUp("munmap", "releasing " + Describe(address, bytes));
     if (munmap(At(address), bytes) != 0) {
       std::fprintf(stderr, "jax_vattention: munmap failed with %s: %s\n", ErrnoName(errno),
                    Describe(address, bytes).c_str());
@@ -128,6 +130,11 @@ class HostMemory final : public Memory {
       CountCall("memset", "zeroing " + Describe(range.address, range.bytes));
       std::memset(At(range.address), 0, range.bytes);
     }
+  }
+
+ protected:
+  void Refuse(const char* call, const std::string& state, bool out_of_memory) const override {
+    Throw(call, out_of_memory ? ENOMEM : EIO, state);
   }
 
  private:
