@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import operator
@@ -144,7 +145,7 @@ class KVCacheManager:
         self._done_epoch = 0  # programs up to this one are over
         self._fences: collections.deque[tuple[int, Any]] = collections.deque()  # (epoch, order token)
         self._retired: list[tuple[int, Pieces, int]] = []  # (epoch, pages of live slots behind a window, count)
-        self._dropped: DroppedWriteError | None = None
+        self._failure: Exception | None = None  # of a program, for the next step or finish to raise
         self._reported = 0  # dropped writes of the present chain of order tokens that were raised
         self._pages_total = total
         self._pages_free = total  # neither attached nor leaving
@@ -232,7 +233,7 @@ class KVCacheManager:
         """
         with self._lock:
             self._poll()
-            self._raise_dropped()
+            self._raise_failure()
             slots = self._slots
             wanted = np.maximum(self._lengths(lengths), slots.lens)
             seen = None if seq_lens is None else self._lengths(seq_lens)
@@ -276,10 +277,11 @@ class KVCacheManager:
             self._fences.append((self._epoch, order))
             order.copy_to_host_async()
         if wait:
-            np.asarray(order)  # without the lock: other threads may go on
+            with contextlib.suppress(Exception):  # of the program: kept by _poll
+                order.block_until_ready()  # without the lock: other threads may go on
         with self._lock:
             self._poll()
-            self._raise_dropped()
+            self._raise_failure()
 
     def sync(self) -> None:
         """Waits until the mapper has done all that is queued. Not needed for correctness: for tests and pictures.
@@ -754,7 +756,7 @@ class KVCacheManager:
         while self._fences and self._fences[0][1].is_ready():
             epoch, order = self._fences.popleft()
             self._done_epoch = max(self._done_epoch, epoch)
-            self._check_dropped(np.asarray(order))
+            self._keep_failure(order)
         if self._retired and self._retired[0][0] <= self._done_epoch:
             over = [entry for entry in self._retired if entry[0] <= self._done_epoch]
             self._retired = [entry for entry in self._retired if entry[0] > self._done_epoch]
@@ -764,18 +766,23 @@ class KVCacheManager:
         if (self._slots.state == SlotState.RETIRED).any():
             self._park_retired()
 
-    def _check_dropped(self, status: np.ndarray) -> None:
-        """Keeps a dropped write that was not raised yet."""
+    def _keep_failure(self, order: jax.Array) -> None:
+        """Keeps what went wrong in a program that is over: whoever looks first may only have wanted the counts."""
+        try:
+            status = np.asarray(order)
+        except Exception as error:
+            self._failure = self._failure or error.with_traceback(None)
+            return
         count = int(status[0])
         if count > self._reported:
-            self._dropped = DroppedWriteError(count - self._reported, *(int(value) for value in status[1:]))
+            self._failure = DroppedWriteError(count - self._reported, *(int(value) for value in status[1:]))
             self._reported = count
 
-    def _raise_dropped(self) -> None:
-        error, self._dropped = self._dropped, None
+    def _raise_failure(self) -> None:
+        error, self._failure = self._failure, None
         if error is None:
             return
-        if not self._fences:
+        if isinstance(error, DroppedWriteError) and not self._fences:
             # Nothing is in flight: the next program starts a new chain of order tokens.
             self._order = jax.device_put(ffi.no_order(), self.device)
             self._reported = 0

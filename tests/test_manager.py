@@ -550,6 +550,58 @@ def test_finish_without_waiting_reports_dropped_writes_later(manager):
     del cache, result
 
 
+def test_looking_at_a_manager_does_not_wait_for_pages_being_made(device, page_bytes, strict):
+    with make(device, page_bytes, strict, pages=60, max_seq_len=60 * page_bytes // 128) as manager:
+        page = int(manager.spec.tokens_per_page)
+        slot = manager.allocate()
+        manager._memory.set_delay(20_000)
+        manager.finish(manager.step({slot: 1}, next_lengths={slot: 50 * page}))
+        start = time.perf_counter()
+        conserved(manager, sync=False)
+        assert time.perf_counter() - start < 0.5  # making all pages takes 1 s
+        assert manager._jobs
+        manager._memory.set_delay(0)
+
+
+def test_a_program_that_fails_is_raised_by_finish_or_step_once():
+    def fail(order):
+        if failing:
+            raise RuntimeError("the program's own")
+        return order
+
+    @jax.jit
+    def slow(x):
+        return jax.lax.fori_loop(0, 20, lambda _, x: jnp.tanh(x @ x), x)
+
+    @jax.jit
+    def program(order, x):  # an input that is not there yet makes the dispatch asynchronous
+        return jax.pure_callback(fail, order, order) + (x.sum() * 0).astype(jnp.int32)
+
+    failing = True
+    x = jnp.ones((500, 500))
+    device = jax.devices("cpu")[0]
+    for wait in (True, False):
+        with make(device, 4096, True) as manager:
+            slots = [manager.allocate(), manager.allocate()]
+            order = manager.step(dict.fromkeys(slots, 5)).order
+            if wait:
+                with pytest.raises(jax.errors.JaxRuntimeError, match="the program's own"):
+                    manager.finish(program(order, slow(x)))
+            else:
+                manager.finish(program(order, slow(x)), wait=False)
+                while manager.stats() and manager._fences:
+                    time.sleep(0.001)
+                manager.free(slots.pop())  # is done, and so it does not raise
+                assert conserved(manager).slots_live == 1
+                with pytest.raises(jax.errors.JaxRuntimeError, match="the program's own"):
+                    manager.step({})
+            manager.step({})
+            manager.free(slots.pop())
+            conserved(manager)
+    failing = False
+    program(jnp.zeros(4, jnp.int32), x)  # or jax reports the last one at exit
+
+
 def test_arrays_of_lengths(manager):
     slot = manager.allocate()
     lengths = np.zeros(4, np.int64)

@@ -65,6 +65,7 @@ std::vector<Page> PagePool::Take(const std::vector<size_t>& sizes) {
   std::vector<Page> pages;
   pages.reserve(sizes.size());
   for (std::optional<Page>& page : found) pages.push_back(std::move(*page));
+  for (const size_t bytes : sizes) ++ShelfOf(bytes).taken;
   taken_bytes_ += needed;
   return pages;
 }
@@ -98,8 +99,10 @@ bool PagePool::ReleaseOne() {
 void PagePool::Give(std::vector<Page> pages) noexcept {
   std::lock_guard<std::mutex> lock(mutex_);
   for (Page& page : pages) {
+    Shelf& shelf = ShelfOf(page.bytes());
     taken_bytes_ -= page.bytes();
-    ShelfOf(page.bytes()).idle.push_back(std::move(page));
+    --shelf.taken;
+    shelf.idle.push_back(std::move(page));
   }
 }
 
@@ -111,10 +114,12 @@ PagePool::Shelf& PagePool::ShelfOf(size_t bytes) {
 }
 
 std::vector<PagePool::Count> PagePool::counts() const {
-  std::lock_guard<std::mutex> lock(mutex_);
   std::vector<Count> counts;
   for (const Shelf& shelf : shelves_) {
-    counts.push_back({shelf.page_bytes, shelf.created, static_cast<int64_t>(shelf.idle.size())});
+    const int64_t taken = shelf.taken;
+    const int64_t created = shelf.created;
+    // Pages may have been given back and released between the two reads.
+    counts.push_back({shelf.page_bytes, created, std::max<int64_t>(0, created - taken)});
   }
   return counts;
 }

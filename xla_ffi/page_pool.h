@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -27,7 +28,7 @@ class PagePool {
   struct Count {
     size_t page_bytes;
     int64_t created;  // pages of this size that exist
-    int64_t idle;     // and are not taken
+    int64_t idle;     // and are not taken; those of a job under way are not taken yet
   };
 
   // `page_bytes` ascend, each a multiple of the memory's granularity and of the size before it; `total_bytes` is
@@ -53,7 +54,9 @@ class PagePool {
     explicit Shelf(size_t bytes) : page_bytes(bytes) {}
     const size_t page_bytes;
     std::vector<Page> idle;  // the last given back is taken first: its lines may still be in a cache
-    int64_t created = 0;
+    // Changed under the mutex; read without it.
+    std::atomic<int64_t> created{0};
+    std::atomic<int64_t> taken{0};
   };
 
   Shelf& ShelfOf(size_t bytes);
@@ -64,8 +67,8 @@ class PagePool {
 
   const std::shared_ptr<Memory> memory_;
   size_t total_bytes_;
-  mutable std::mutex mutex_;
-  std::vector<Shelf> shelves_;  // ascending
+  std::mutex mutex_;            // held while pages are made: the driver takes its time
+  std::deque<Shelf> shelves_;  // ascending; stays where it is
   std::atomic<size_t> taken_bytes_{0};
   std::atomic<size_t> created_bytes_{0};
 };
