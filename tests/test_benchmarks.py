@@ -1,4 +1,4 @@
-"""The benchmarks' reports and tables. Nothing here is timed."""
+"""The benchmarks' reports and tables, and what they count. No time is checked."""
 
 import pytest
 
@@ -68,3 +68,48 @@ def test_timing_and_interleaving():
 def test_command_leaves_out_where_the_report_went(options):
     file = "/out/file.json" if options and options != ["--json"] else None
     assert command._command("vmm", ["--pages", "8", *options], file) == "python -m benchmarks vmm --pages 8"
+
+
+@pytest.fixture(scope="module")
+def vmm(tmp_path_factory):
+    """The tables of a small run on this machine's CPU, by title."""
+    path = tmp_path_factory.mktemp("vmm") / "vmm.json"
+    small = ["--pages", "2", "--slots", "4", "--steps", "3", "--prompt-tokens", "72", "--repeats", "2"]
+    assert command.main(["vmm", *small, "--json", str(path)]) == 0
+    report = Report.read(path)
+    assert report.command == "python -m benchmarks vmm " + " ".join(small)
+    rows = {table.title: [row for row in table.rows if row["backend"] == "host"] for table in report.tables}
+    assert all(row["median_us"] > 0 for row in (*rows["One page, µs"], *rows["KVCacheManager.step, µs"]))
+    return rows
+
+
+def test_vmm_times_every_page_size_and_every_kind_of_step(vmm):
+    pages = [(row["page_kib"], row["call"], row["calls"]) for row in vmm["One page, µs"]]
+    calls = ("map, new", "unmap", "map, again")
+    assert pages == [(size, call, 2) for size in (64, 2048, 16384, 65536) for call in calls]
+    steps = [(row["slots"], row["grows"], row["calls"]) for row in vmm["KVCacheManager.step, µs"]]
+    assert steps == [(4, grows, 3) for grows in ("nothing", "one page", "one page, ahead")]
+
+
+def test_vmm_counts_calls_and_waste_of_a_long_prompt(vmm):
+    rows = vmm["A long prompt at the Llama-3-8B shape, 128 KiB a token"]
+    assert all(row["median_ms"] > 0 for row in rows)
+    # 72 tokens are 9 MiB: five pages of 2 MiB, or one of 8 and one of 2.
+    for sizes, count in {"2": 5, "2 + 16": 5, "2 + 8 + 64": 2}.items():
+        new, kept, new_dirty, kept_dirty = (row for row in rows if row["sizes"] == sizes)
+        for row in (new, kept, new_dirty, kept_dirty):
+            assert row["create"] == (count if row in (new, new_dirty) else 0)
+            assert (row["pages"], row["map"], row["access"], row["other"]) == (count, count, 0, 0)
+            assert bool(row["zero"]) == (row in (new, kept))
+            assert row["waste"] == pytest.approx(1 / 9)
+            # 36 tokens are 4.5 MiB, in pages of 2 MiB.
+            assert row["waste_worst"] == pytest.approx(6 / 4.5 - 1)
+
+
+def test_manager_prints_its_tables_for_the_start_of_the_sample(capsys):
+    small = ["--requests", "20", "--steps", "2", "--rate", "saturated", "--caches", "ours", "on demand"]
+    assert command.main(["manager", *small]) == 0
+    out = capsys.readouterr().out
+    for title in ("Three caches in the same memory", "Pages of KVCacheManager", "KVCacheManager.step, µs"):
+        assert f"**{title}**" in out
+    assert "| saturated | on demand | " in out
