@@ -28,8 +28,9 @@ from jax_vattention.errors import (
 )
 from jax_vattention.memory import Mapper, PagedBuffer, PagePool, open_memory, pool_pages
 from jax_vattention.slots import Pieces, SlotState, SlotTable
+from jax_vattention.snapshot import Snapshot, take_snapshot
 from jax_vattention.spec import KVCacheSpec
-from jax_vattention.stats import CacheStats, Snapshot, slot_snapshots
+from jax_vattention.stats import CacheStats
 
 Lengths = Mapping[int, int] | np.ndarray
 """Tokens of slots: a mapping from slots, or an integer array `[num_slots]` with 0 for slots that are not live."""
@@ -336,7 +337,7 @@ class KVCacheManager:
     def snapshot(self) -> Snapshot:
         """All slots with their pages, and the counts, at one moment."""
         with self._lock:
-            return Snapshot(self.stats(), slot_snapshots(self._slots))
+            return take_snapshot(self.stats(), self._slots)
 
     def close(self) -> None:
         """Ends the background thread, unmaps everything and gives the memory back. Closing twice is no error.

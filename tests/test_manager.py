@@ -509,6 +509,34 @@ def test_looking_at_a_manager_does_not_wait_for_pages_being_made(device, page_by
         manager._memory.set_delay(0)
 
 
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_other_threads_run_on_while_a_manager_ends(device, page_bytes, strict, how):
+    manager = make(device, page_bytes, strict, pages=60, max_seq_len=60 * page_bytes // 128)
+    slot = manager.allocate()
+    manager._memory.set_delay(10_000)
+    manager.finish(manager.step({slot: 1}, next_lengths={slot: 50 * int(manager.spec.tokens_per_page)}))
+    standing, ended = [0.0], threading.Event()
+
+    def watch():
+        last = time.perf_counter()
+        while not ended.wait(0.001):
+            now = time.perf_counter()
+            standing[0], last = max(standing[0], now - last), now
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    start = time.perf_counter()
+    if how == "close":
+        manager.close()
+    del manager
+    gc.collect()
+    took = time.perf_counter() - start
+    ended.set()
+    thread.join()
+    assert took > 0.5  # pages are made, mapped and unmapped first
+    assert standing[0] < took / 2
+
+
 def test_a_program_that_fails_is_raised_by_finish_or_step_once():
     def fail(order):
         if failing:

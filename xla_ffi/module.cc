@@ -195,7 +195,8 @@ PYBIND11_MODULE(_native, module) {
         return counts;
       });
 
-  py::class_<ExportedBuffer, std::shared_ptr<ExportedBuffer>>(module, "PagedBuffer")
+  py::class_<ExportedBuffer, std::shared_ptr<ExportedBuffer>>(module, "PagedBuffer",
+                                                              py::release_gil_before_calling_cpp_dtor())
       .def(py::init<std::shared_ptr<PagePool>, size_t>(), py::arg("pool"), py::arg("bytes"))
       .def_property_readonly("address", [](const ExportedBuffer& self) { return self.buffer.address(); })
       .def_property_readonly("bytes", [](const ExportedBuffer& self) { return self.buffer.bytes(); })
@@ -233,7 +234,7 @@ PYBIND11_MODULE(_native, module) {
           py::arg("ranges"));
 
   using Parts = std::vector<std::pair<std::shared_ptr<ExportedBuffer>, RangeList>>;
-  py::class_<Mapper>(module, "Mapper")
+  py::class_<Mapper>(module, "Mapper", py::release_gil_before_calling_cpp_dtor())  // it waits for what is queued
       .def(py::init<>())
       .def(
           "map",
