@@ -143,7 +143,7 @@ class KVCacheManager:
         self._errors: dict[int, Exception] = {}  # of background work, by the slot that depends on it
         self._epoch = 0  # caches handed out
         self._done_epoch = 0  # programs up to this one are over
-        self._fences: collections.deque[tuple[int, jax.Array]] = collections.deque()  # (epoch, order token)
+        self._fences: collections.deque[tuple[int, Any]] = collections.deque()  # (epoch, order token)
         self._retired: list[tuple[int, Pieces, int]] = []  # (epoch, pages of live slots behind a window, count)
         self._failure: Exception | None = None  # of a program, for the next step or finish to raise
         self._reported = 0  # dropped writes of the present chain of order tokens that were raised
@@ -173,16 +173,14 @@ class KVCacheManager:
             self._poll()
             slots = self._slots
             expected = None if expected_tokens is None else self._length("expected_tokens", expected_tokens)
-            slot = self._parked_for(expected)
+            slot = self._unused(expected)
+            if slot is None and self._settle_retired():
+                slot = self._unused(expected)
             if slot is None:
-                idle = slots.where(SlotState.IDLE)
-                if not idle.size:
-                    retired = slots.where(SlotState.RETIRED).size
-                    waiting = f"; {retired} more wait for finish()" if retired else ""
-                    raise OutOfSlotsError(f"all {self.spec.num_slots} slots are taken{waiting}: free one first")
-                slot = int(idle[0])
-            else:
-                self._counts["adoptions"] += 1
+                retired = slots.where(SlotState.RETIRED).size
+                waiting = f"; {retired} more wait for finish()" if retired else ""
+                raise OutOfSlotsError(f"all {self.spec.num_slots} slots are taken{waiting}: free one first")
+            self._counts["adoptions"] += int(slots.state[slot] == SlotState.PARKED)
             slots.state[slot] = SlotState.LIVE
             slots.lens[slot] = slots.growth[slot] = slots.goal[slot] = 0
             slots.expected[slot] = self.spec.max_seq_len if expected is None else expected
@@ -431,6 +429,7 @@ class KVCacheManager:
         if missing <= 0:
             return
         self._drain()
+        self._settle_retired()
         missing = pages - self._pages_free
         slots = self._slots
         spares = {slot: slots.spare(slot, tokens) for slot, tokens in self._takeable(keep_tokens)}
@@ -556,12 +555,13 @@ class KVCacheManager:
 
     # Slots between two requests
 
-    def _parked_for(self, expected: int | None) -> int | None:
-        """The parked slot that fits best."""
+    def _unused(self, expected: int | None) -> int | None:
+        """The parked slot that fits best, or an idle one."""
         slots = self._slots
         parked = slots.where(SlotState.PARKED)
         if not parked.size:
-            return None
+            idle = slots.where(SlotState.IDLE)
+            return int(idle[0]) if idle.size else None
         if expected is None:
             return int(parked[np.argmax(slots.parked_at[parked])])
         tokens = slots.attached[parked]
@@ -591,6 +591,16 @@ class KVCacheManager:
             slots.dirty[slot] = 0
         if not self._background and self._jobs:
             self._drain()
+
+    def _settle_retired(self) -> bool:
+        """Waits for the mapper where freed slots wait for nothing else. True if it did."""
+        slots = self._slots
+        if not (slots.epoch[slots.where(SlotState.RETIRED)] <= self._done_epoch).any():
+            return False
+        self._drain()
+        self._park_retired()
+        self._drain()  # for the zeroing of what was parked
+        return True
 
     def _park(self, slot: int) -> None:
         self._parkings += 1

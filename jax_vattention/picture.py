@@ -143,7 +143,8 @@ def _draw_slots(axes: Axes, snapshot: Snapshot, pitch: float) -> None:
     for kind, found in boxes.items():
         _add_boxes(axes, found, scale, _COLOURS[kind], sharp=dense)
     if borders:
-        axes.vlines(*zip(*borders, strict=True), colors="white", linewidth=0.6)
+        places, tops, bottoms = zip(*borders, strict=True)
+        axes.vlines(places, tops, bottoms, colors="white", linewidth=0.6)
     _mark_tokens(axes, snapshot, scale, 1.0 if dense else 2.0)
     every = -(-rows // max(1, int(rows * pitch / 0.15))) or 1
     numbers = [str(slot.slot) for slot in snapshot.slots[::every]]
@@ -207,7 +208,9 @@ def _mark_tokens(axes: Axes, snapshot: Snapshot, scale: float, width: float) -> 
 
 
 def _draw_pool(axes: Axes, stats: CacheStats) -> None:
-    made = min(stats.pages_free, sum(size * idle for size, (_, idle) in stats.pages_by_size.items()) // stats.page_bytes)
+    made = min(
+        stats.pages_free, sum(size * idle for size, (_, idle) in stats.pages_by_size.items()) // stats.page_bytes
+    )
     counts = (
         stats.pages_mapped,
         stats.pages_retained_live,
@@ -237,9 +240,7 @@ def _reach(snapshot: Snapshot, slot: SlotSnapshot) -> int:
     ends = [0]
     for group, pages in zip(snapshot.groups, slot.groups, strict=True):
         ends.append(slot.tokens * group.token_bytes * group.planes)
-        ends += (
-            (page + count * span) * snapshot.stats.page_bytes * group.planes for page, count, span in pages.ranges
-        )
+        ends += ((page + count * span) * snapshot.stats.page_bytes * group.planes for page, count, span in pages.ranges)
     return max(ends)
 
 

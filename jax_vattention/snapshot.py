@@ -79,7 +79,9 @@ class Snapshot:
 
 def take_snapshot(stats: CacheStats, table: SlotTable) -> Snapshot:
     """Of all slots that have a request or pages."""
-    groups = tuple(GroupShape(len(group.layers), group.window, group.planes, group.token_bytes) for group in table.groups)
+    groups = tuple(
+        GroupShape(len(group.layers), group.window, group.planes, group.token_bytes) for group in table.groups
+    )
     taken = (slot for slot in range(table.spec.num_slots) if table.state[slot] != SlotState.IDLE or table.pages[slot])
     return Snapshot(stats, groups, tuple(_slot_snapshot(table, slot) for slot in taken))
 
@@ -116,10 +118,10 @@ def _read(kind: Any, value: Any, name: str) -> Any:
         return {_read(int, int(key), name): _read(inner[1], values[key], name) for key in values}
     if origin is tuple:
         values = _of(list, value, name)
-        kinds = [inner[0]] * len(values) if inner[-1] is Ellipsis else inner
-        if len(kinds) != len(values):
-            raise ValueError(f"{name}: expected {len(kinds)} values, got {value!r}")
-        return tuple(_read(kind, each, name) for kind, each in zip(kinds, values, strict=True))
+        wanted = [inner[0]] * len(values) if inner[-1] is Ellipsis else inner
+        if len(wanted) != len(values):
+            raise ValueError(f"{name}: expected {len(wanted)} values, got {value!r}")
+        return tuple(_read(each, of, name) for each, of in zip(wanted, values, strict=True))
     return _of(kind, value, name)
 
 

@@ -360,6 +360,7 @@ def test_the_slot_that_fits_best_is_taken_over(manager):
     manager.finish(manager.step({slot: (1 + n) * page for n, slot in enumerate(slots)}))
     for slot in slots:
         manager.free(slot)
+    manager.sync()
     held = [int(n) for n in manager._slots.attached]
     assert manager.allocate(2 * page + 1) == min(slots, key=lambda s: (held[s] < 2 * page + 1, held[s]))
     assert manager.allocate(5 * page) == slots[3]  # none is so large: the largest
@@ -396,6 +397,7 @@ def test_few_free_pages_are_made_more_in_the_background(device, page_bytes, stri
         manager.finish(manager.step(dict.fromkeys(slots, 4 * page)))
         for slot in slots:
             manager.free(slot)
+        manager.sync()
         slot = manager.allocate(4 * page)
         manager.finish(manager.step({slot: page}))
         stats = conserved(manager)
@@ -494,6 +496,23 @@ def test_finish_without_waiting_reports_dropped_writes_later(manager):
         manager.finish(result, wait=False)
     manager.finish(append(manager.step({}), jnp.array([0], jnp.int32)))
     del cache, result
+
+
+def test_a_freed_slot_that_waits_for_the_mapper_only_is_there_for_the_next_request(device, page_bytes, strict):
+    with make(device, page_bytes, strict, pages=5, num_slots=2) as manager:
+        page = int(manager.spec.tokens_per_page)
+        for _ in range(3):
+            slots = [manager.allocate(page), manager.allocate(page)]
+            manager._memory.set_delay(20_000)
+            manager.finish(manager.step({slots[0]: 1}, next_lengths={slots[0]: 4 * page}))
+            for slot in slots:
+                manager.free(slot)  # one of them is being mapped ahead
+            slots = [manager.allocate(page), manager.allocate(page)]
+            manager._memory.set_delay(0)
+            manager.finish(manager.step(dict(zip(slots, (page, 4 * page), strict=True))))
+            assert conserved(manager).pages_mapped == 5
+            for slot in slots:
+                manager.free(slot)
 
 
 def test_looking_at_a_manager_does_not_wait_for_pages_being_made(device, page_bytes, strict):
