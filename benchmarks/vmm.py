@@ -12,23 +12,34 @@ from time import perf_counter
 from typing import Any
 
 import jax
+import numpy as np
 
 from benchmarks import _machine
 from benchmarks._report import Column, Report, Table
 from benchmarks._timing import Timing
 from jax_vattention import KVCacheManager, KVCacheSpec
-from jax_vattention.memory import PagedBuffer, PagePool, open_memory
+from jax_vattention.extent import Extent, Ranges
+from jax_vattention.memory import Mapper, PagedBuffer, PagePool, open_memory
 
 _KIB, _MIB = 2**10, 2**20
 _PAGE_BYTES = (64 * _KIB, 2 * _MIB, 16 * _MIB, 64 * _MIB)
 _POOL_BYTES = 1024 * _MIB  # of one row of the page table
 _STEP_PAGE_BYTES = {"cpu": 64 * _KIB, "gpu": 2 * _MIB}
 _STEP_PAGES = 4  # a slot of the step table at most
-_PROMPT_TOKENS = 131_065  # not a whole number of pages
-_PROMPTS = {
-    # Layers and sizes of pages: Llama-3-8B whole on a GPU; a sixteenth of it, in pages of a sixteenth, on a host.
-    "gpu": (32, (2 * _MIB,), (2 * _MIB, 16 * _MIB, 64 * _MIB)),
-    "cpu": (2, (128 * _KIB,), (128 * _KIB, 1 * _MIB, 4 * _MIB)),
+
+_TOKEN_BYTES = 128 * _KIB  # Llama-3-8B in bfloat16: K and V of 32 layers, 8 heads of 128
+_PROMPT_TOKENS = {"host": 4096, "cuda": 131_072}  # 512 MiB and 16 GiB
+_PROMPT_SIZES = ((2 * _MIB,), (2 * _MIB, 16 * _MIB), (2 * _MIB, 8 * _MIB, 64 * _MIB))
+_LARGE_PAGE_SHARE = 0.02  # the manager's default
+_CALLS = {
+    "cuMemCreate": "create",
+    "fallocate": "create",
+    "cuMemMap": "map",
+    "mmap": "map",
+    "cuMemSetAccess": "access",
+    "cuMemsetD8Async": "zero",
+    "cuStreamSynchronize": "zero",
+    "memset": "zero",
 }
 
 
@@ -36,8 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pages", type=int, default=256, metavar="N", help="in 1 GiB at most (default: %(default)s)")
     parser.add_argument("--slots", type=int, nargs="+", default=[64, 1024], metavar="N", help="live (default: 64 1024)")
     parser.add_argument("--steps", type=int, default=300, metavar="N", help="per row (default: %(default)s)")
-    parser.add_argument("--prompt-tokens", type=int, default=_PROMPT_TOKENS, metavar="N", help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of a prompt (default: %(default)s)")
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        metavar="N",
+        help=f"of the long prompt (default: {_PROMPT_TOKENS['cuda']} on a GPU, {_PROMPT_TOKENS['host']} on the host)",
+    )
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of a long prompt (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -51,7 +67,9 @@ def run(arguments: argparse.Namespace) -> Report:
         for page_bytes in _PAGE_BYTES:
             if page_bytes % memory.granularity == 0:
                 pages += _page_rows(memory, page_bytes, arguments.pages)
-        prompts += _prompt_rows(device, arguments.prompt_tokens, arguments.repeats)
+        tokens = arguments.prompt_tokens or _PROMPT_TOKENS[memory.platform]
+        for sizes in _PROMPT_SIZES:
+            prompts += _prompt_rows(memory, sizes, tokens, arguments.repeats)
         for slots in arguments.slots:
             steps += _step_rows(device, slots, arguments.steps)
     return Report(
@@ -63,22 +81,26 @@ def run(arguments: argparse.Namespace) -> Report:
         settings={
             "pages": arguments.pages,
             "steps": arguments.steps,
-            "step_page_bytes": _STEP_PAGE_BYTES,
-            "prompt_tokens": arguments.prompt_tokens,
             "repeats": arguments.repeats,
+            "step_page_bytes": _STEP_PAGE_BYTES,
+            "prompt_token_bytes": _TOKEN_BYTES,
+            "large_page_share": _LARGE_PAGE_SHARE,
             "other_programs_cpu_share": round(others.share(), 3),
         },
         tables=(
             Table("One page, µs", _PAGE_COLUMNS, tuple(pages)),
-            Table("A long prompt mapped by one step", _PROMPT_COLUMNS, tuple(prompts)),
+            Table("A long prompt at the Llama-3-8B shape, 128 KiB a token", _PROMPT_COLUMNS, tuple(prompts)),
             Table("KVCacheManager.step, µs", _STEP_COLUMNS, tuple(steps)),
         ),
         notes=(
             "map, new: the page is made, mapped and zeroed. map, again: so is one that the pool kept.",
-            "A long prompt: KVCacheManager.step for one slot with background=False, so that all is mapped while it "
-            "waits; on a GPU the shape of Llama-3-8B, on a host 2 of its layers. ms: median; calls: of the driver or "
-            "the system, in one step; waste: pages granted and not filled, over those filled.",
-            "step: every live slot asks for a length; in 'one page' one of them needs a page more than before.",
+            "long prompt: the pages that the manager would choose, mapped by its thread. new: made for it; kept: the "
+            f"pool had them. On the host it is a small one by default ({_PROMPT_TOKENS['host']:,} tokens; "
+            f"{_PROMPT_TOKENS['cuda']:,} are 16 GiB), and zeroing is the work of a CPU. zero: calls that zero, and on "
+            "CUDA the one that waits for them. waste: mapped and not used, as a share of what is used; at worst: of "
+            "all lengths from half of the prompt to all of it.",
+            "step: every live slot asks for a length, given as an array. one page: of those one needs a page more than "
+            "before, which step waits for; ahead: which next_lengths had announced, and the mapper was done.",
         ),
     )
 
@@ -95,6 +117,23 @@ _PAGE_COLUMNS = (
     *_TIMES,
     Column("calls", "calls"),
 )
+_PROMPT_COLUMNS = (
+    Column("backend", "backend"),
+    Column("tokens", "tokens"),
+    Column("sizes", "pages, MiB"),
+    Column("pages", "how many"),
+    Column("which", "which"),
+    Column("zeroed", "zeroed"),
+    Column("median_ms", "median, ms", ".2f"),
+    Column("worst_ms", "worst", ".2f"),
+    Column("create", "calls: create", "d"),
+    Column("map", "map", "d"),
+    Column("access", "access", "d"),
+    Column("zero", "zero", "d"),
+    Column("other", "other", "d"),
+    Column("waste", "waste", ".2%"),
+    Column("waste_worst", "at worst", ".2%"),
+)
 _STEP_COLUMNS = (
     Column("backend", "backend"),
     Column("page_kib", "page, KiB"),
@@ -102,19 +141,6 @@ _STEP_COLUMNS = (
     Column("grows", "grows by"),
     *_TIMES,
     Column("calls", "calls"),
-)
-
-
-_PROMPT_COLUMNS = (
-    Column("backend", "backend"),
-    Column("sizes", "pages, KiB"),
-    Column("zeroed", "zeroed"),
-    Column("pages_are", "pages are"),
-    Column("ms", "ms", ".2f"),
-    Column("worst_ms", "worst", ".2f"),
-    Column("pages", "pages"),
-    Column("calls", "calls"),
-    Column("waste", "waste", ".3%"),
 )
 
 
@@ -138,7 +164,7 @@ def _each(call: Callable[[int], Any], count: int) -> Timing:
 
 
 def _page_rows(memory: Any, page_bytes: int, most: int) -> list[dict[str, Any]]:
-    """Each page by its own call, then all of them by one."""
+    """Each page by its own call."""
     count = max(1, min(most, _POOL_BYTES // page_bytes))
     buffer = PagedBuffer(PagePool(memory, [page_bytes], count * page_bytes), count * page_bytes)
     timings = {
@@ -146,61 +172,68 @@ def _page_rows(memory: Any, page_bytes: int, most: int) -> list[dict[str, Any]]:
         "unmap": _each(lambda page: buffer.unmap([(page, 1, 1)]), count),
         "map, again": _each(lambda page: buffer.map([(page, 1, 1)]), count),
     }
-    buffer.unmap([(0, count, 1)])
     row = {"backend": memory.platform, "page_kib": page_bytes // _KIB}
     return [row | {"call": call} | _times(timing) for call, timing in timings.items()]
 
 
-def _prompt_rows(device: jax.Device, tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """One size of pages against several, zeroed and not."""
-    layers, *choices = _PROMPTS[device.platform]
-    return [
-        row
-        for sizes in choices
-        for zeroed in (True, False)
-        for row in _map_prompts(device, layers, sizes, zeroed, tokens, repeats)
-    ]
+def _prompt_rows(memory: Any, sizes: tuple[int, ...], tokens: int, repeats: int) -> list[dict[str, Any]]:
+    """A prompt mapped at once, with pages that are made for it and with pages that the pool kept."""
+    smallest = sizes[0]
+    spans = tuple(size // smallest for size in sizes)
+    per_page = smallest // _TOKEN_BYTES
+    needed, half = -(-tokens // per_page), max(1, tokens // 2)
+    limit = -(-needed // spans[-1]) * spans[-1]
+
+    def plan(pages: int) -> Ranges:
+        return Extent(spans, _LARGE_PAGE_SHARE).plan(pages, limit)
+
+    def waste(pages: int, tokens: int) -> float:
+        mapped = sum(count * span for _, count, span in plan(pages))
+        return mapped * per_page / tokens - 1
+
+    # At worst a page has just been begun.
+    lengths = ((pages, max(half, (pages - 1) * per_page + 1)) for pages in range(-(-half // per_page), needed + 1))
+    ranges = plan(needed)
+    row = {
+        "backend": memory.platform,
+        "tokens": tokens,
+        "sizes": " + ".join(str(size // _MIB) for size in sizes),
+        "pages": sum(count for _, count, _ in ranges),
+        "waste": waste(needed, tokens),
+        "waste_worst": max(waste(*length) for length in lengths),
+    }
+    rows = []
+    for zero in (True, False):
+        found: dict[str, list[tuple[float, dict[str, int]]]] = {"new": [], "kept": []}
+        for _ in range(repeats):
+            buffer = PagedBuffer(PagePool(memory, sizes, limit * smallest), limit * smallest)
+            found["new"].append(_map_whole(buffer, ranges, zero))
+            buffer.unmap(ranges)
+            found["kept"].append(_map_whole(buffer, ranges, zero))
+        for which, results in found.items():
+            timing = Timing.of(seconds for seconds, _ in results)
+            times = {"median_ms": timing.median * 1e3, "worst_ms": timing.worst * 1e3, "repeats": repeats}
+            rows.append(row | {"which": which, "zeroed": "yes" if zero else "no"} | times | results[-1][1])
+    return rows
 
 
-def _map_prompts(
-    device: jax.Device, layers: int, sizes: tuple[int, ...], zeroed: bool, tokens: int, repeats: int
-) -> list[dict[str, Any]]:
-    """A prompt mapped with pages that are made for it, and with pages that the pool kept."""
-    spec = KVCacheSpec(layers, 8, 128, 1, tokens + 4096, page_bytes=sizes[0], large_page_bytes=sizes[1:])
-    found: dict[str, list[tuple[float, int, int, float]]] = {"new": [], "kept": []}
-    for _ in range(repeats):
-        with KVCacheManager(
-            spec, pool_bytes=spec.slot_bytes, device=device, background=False, zero_pages=zeroed
-        ) as manager:
-            for rows in found.values():
-                rows.append(_map_prompt(manager, tokens))
-    row = {"backend": open_memory(device).platform, "sizes": ", ".join(str(size // _KIB) for size in sizes)}
-    result = []
-    for pages_are, rows in found.items():
-        timing = Timing.of(seconds for seconds, *_ in rows)
-        _, pages, calls, waste = rows[0]
-        figures = {"ms": timing.median * 1e3, "worst_ms": timing.worst * 1e3, "pages": pages, "calls": calls}
-        result.append(row | {"zeroed": "yes" if zeroed else "no", "pages_are": pages_are, "waste": waste} | figures)
-    return result
-
-
-def _map_prompt(manager: KVCacheManager, tokens: int) -> tuple[float, int, int, float]:
-    """Seconds, pages, calls and waste of a prompt that comes to an empty cache, and leaves it empty."""
-    slot = manager.allocate(tokens)
-    before = sum(manager._memory.calls().values())
+def _map_whole(buffer: PagedBuffer, ranges: Ranges, zero: bool) -> tuple[float, dict[str, int]]:
+    """Seconds, and calls by what they do, of mapping all ranges as the manager does: by the mapper, as one piece."""
+    mapper, memory = Mapper(), buffer.pool.memory
+    before = memory.calls()
     start = perf_counter()
-    cache = manager.step({slot: tokens})
+    ticket = mapper.map([(buffer, ranges)], zero=zero)
+    mapper.wait(ticket)
     seconds = perf_counter() - start
-    calls = sum(manager._memory.calls().values()) - before
-    stats, (snapshot,) = manager.stats(), manager.snapshot().slots
-    manager.free(slot)
-    manager.finish(cache)
-    manager.sync()
-    return seconds, sum(snapshot.page_sizes.values()), calls, stats.waste
+    mapper.raise_if_failed(ticket)
+    calls = dict.fromkeys((*_CALLS.values(), "other"), 0)
+    for name, count in memory.calls().items():
+        calls[_CALLS.get(name, "other")] += count - before.get(name, 0)
+    return seconds, calls
 
 
 def _step_rows(device: jax.Device, slots: int, steps: int) -> list[dict[str, Any]]:
-    """`step` for all live slots, first with nothing to map, then with one page."""
+    """`step` for all live slots: with nothing to map, with one page that it waits for, and with one mapped ahead."""
     page_bytes = _STEP_PAGE_BYTES[device.platform]
     # A layer of 8 heads of 64 in bfloat16: whole tokens fill a page.
     tokens_per_page = page_bytes // (2 * 8 * 64 * 2)
@@ -213,24 +246,35 @@ def _step_rows(device: jax.Device, slots: int, steps: int) -> list[dict[str, Any
         page_bytes=page_bytes,
     )
     row = {"backend": open_memory(device).platform, "page_kib": page_bytes // _KIB, "slots": slots}
-    with KVCacheManager(spec, pool_bytes=slots * _STEP_PAGES * page_bytes, device=device) as manager:
-        lengths = {manager.allocate(): 1 for _ in range(slots)}
-        growths = ((slot, (page + 1) * tokens_per_page) for page in range(1, _STEP_PAGES) for slot in list(lengths))
+    rows = []
+    for grows in ("nothing", "one page", "one page, ahead"):
+        ahead = grows == "one page, ahead"
+        count = steps if grows == "nothing" else min(steps, slots * (_STEP_PAGES - 1))
+        pool_bytes = slots * _STEP_PAGES * page_bytes
+        with KVCacheManager(
+            spec, pool_bytes=pool_bytes, device=device, reclaim_below=0, lookahead_steps=int(ahead)
+        ) as manager:
+            rows.append(row | {"grows": grows} | _times(_time_steps(manager, count, grows != "nothing", ahead)))
+    return rows
 
-        def step() -> float:
-            start = perf_counter()
-            cache = manager.step(lengths)
-            seconds = perf_counter() - start
-            manager.finish(cache)
-            return seconds
 
-        def grow_one() -> float:
-            slot, length = next(growths)
-            lengths[slot] = length
-            return step()
-
-        step()
-        idle = Timing.of([step() for _ in range(steps)])
-        count = min(steps, slots * (_STEP_PAGES - 1))
-        growing = Timing.of([grow_one() for _ in range(count)])
-    return [row | {"grows": "nothing"} | _times(idle), row | {"grows": "one page"} | _times(growing)]
+def _time_steps(manager: KVCacheManager, count: int, growing: bool, ahead: bool) -> Timing:
+    """`step` for all slots, of which one in turn gets a page more in each; known one step earlier if `ahead`."""
+    slots, page = manager.spec.num_slots, int(manager.spec.tokens_per_page)
+    lengths = np.zeros(slots, np.int32)
+    lengths[[manager.allocate(1) for _ in range(slots)]] = 1
+    manager.finish(manager.step(lengths))
+    seconds = []
+    for index in range(count):
+        following = lengths.copy()
+        if growing:
+            following[index % slots] = (index // slots + 2) * page
+        if ahead:
+            manager.finish(manager.step(lengths, next_lengths=following))
+        manager.sync()
+        start = perf_counter()
+        cache = manager.step(following)
+        seconds.append(perf_counter() - start)
+        manager.finish(cache)
+        lengths = following
+    return Timing.of(seconds)

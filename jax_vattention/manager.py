@@ -28,8 +28,9 @@ from jax_vattention.errors import (
 )
 from jax_vattention.memory import Mapper, PagedBuffer, PagePool, open_memory, pool_pages
 from jax_vattention.slots import Pieces, SlotState, SlotTable
+from jax_vattention.snapshot import Snapshot, take_snapshot
 from jax_vattention.spec import KVCacheSpec
-from jax_vattention.stats import CacheStats, Snapshot, slot_snapshots
+from jax_vattention.stats import CacheStats
 
 Lengths = Mapping[int, int] | np.ndarray
 """Tokens of slots: a mapping from slots, or an integer array `[num_slots]` with 0 for slots that are not live."""
@@ -173,16 +174,14 @@ class KVCacheManager:
             self._poll()
             slots = self._slots
             expected = None if expected_tokens is None else self._length("expected_tokens", expected_tokens)
-            slot = self._parked_for(expected)
+            slot = self._unused(expected)
+            if slot is None and self._settle_retired():
+                slot = self._unused(expected)
             if slot is None:
-                idle = slots.where(SlotState.IDLE)
-                if not idle.size:
-                    retired = slots.where(SlotState.RETIRED).size
-                    waiting = f"; {retired} more wait for finish()" if retired else ""
-                    raise OutOfSlotsError(f"all {self.spec.num_slots} slots are taken{waiting}: free one first")
-                slot = int(idle[0])
-            else:
-                self._counts["adoptions"] += 1
+                retired = slots.where(SlotState.RETIRED).size
+                waiting = f"; {retired} more wait for finish()" if retired else ""
+                raise OutOfSlotsError(f"all {self.spec.num_slots} slots are taken{waiting}: free one first")
+            self._counts["adoptions"] += int(slots.state[slot] == SlotState.PARKED)
             slots.state[slot] = SlotState.LIVE
             slots.lens[slot] = slots.growth[slot] = slots.goal[slot] = 0
             slots.expected[slot] = self.spec.max_seq_len if expected is None else expected
@@ -341,7 +340,7 @@ class KVCacheManager:
     def snapshot(self) -> Snapshot:
         """All slots with their pages, and the counts, at one moment."""
         with self._lock:
-            return Snapshot(self.stats(), slot_snapshots(self._slots))
+            return take_snapshot(self.stats(), self._slots)
 
     def close(self) -> None:
         """Ends the background thread, unmaps everything and gives the memory back. Closing twice is no error.
@@ -433,6 +432,7 @@ class KVCacheManager:
         if missing <= 0:
             return
         self._drain()
+        self._settle_retired()
         missing = pages - self._pages_free
         slots = self._slots
         spares = {slot: slots.spare(slot, tokens) for slot, tokens in self._takeable(keep_tokens)}
@@ -558,12 +558,13 @@ class KVCacheManager:
 
     # Slots between two requests
 
-    def _parked_for(self, expected: int | None) -> int | None:
-        """The parked slot that fits best."""
+    def _unused(self, expected: int | None) -> int | None:
+        """The parked slot that fits best, or an idle one."""
         slots = self._slots
         parked = slots.where(SlotState.PARKED)
         if not parked.size:
-            return None
+            idle = slots.where(SlotState.IDLE)
+            return int(idle[0]) if idle.size else None
         if expected is None:
             return int(parked[np.argmax(slots.parked_at[parked])])
         tokens = slots.attached[parked]
@@ -597,6 +598,16 @@ class KVCacheManager:
             slots.dirty[slot] = 0
         if not self._background and self._jobs:
             self._drain()
+
+    def _settle_retired(self) -> bool:
+        """Waits for the mapper where freed slots wait for nothing else. True if it did."""
+        slots = self._slots
+        if not (slots.epoch[slots.where(SlotState.RETIRED)] <= self._done_epoch).any():
+            return False
+        self._drain()
+        self._park_retired()
+        self._drain()  # for the zeroing of what was parked
+        return True
 
     def _park(self, slot: int) -> None:
         self._parkings += 1

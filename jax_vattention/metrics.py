@@ -12,27 +12,28 @@ All names begin with `jax_vattention_kv_`, and every series has the label `cache
 
 | name | unit | labels | meaning |
 | --- | --- | --- | --- |
-| `pool_bytes` | bytes | `state`: free, mapped, retained, retired | the pool; the states add up to all of it |
+| `pool_bytes` | bytes | `state`: free, mapped, retained, retired | the pool; they add up to all of it |
 | `spare_bytes` | bytes | | of `retained`, what live slots have beyond what they were granted |
 | `needed_bytes` | bytes | | of `mapped`, what live tokens fill |
 | `mapped_peak_bytes` | bytes | | the most that ever was `mapped` at once |
 | `device_bytes` | bytes | | pages that exist, in use or idle: what the pool takes of the device |
 | `virtual_bytes` | bytes | | address space of all views |
 | `waste_ratio` | ratio | | `mapped` without `needed`, as a share of `needed` |
+| `fragmentation_ratio` | ratio | | share of `free` that cannot be given as largest pages at once |
 | `slots` | slots | `state`: idle, live, retired, parked | they add up to `num_slots` |
 | `tokens` | tokens | | that the last `step` of each live slot asked for |
 | `pages` | pages | `page_bytes`; `state`: in_use, idle | that exist, each counted once in its own size |
 
-Counters, where pages are counted in smallest pages:
+Counters:
 
 | name | unit | labels | meaning |
 | --- | --- | --- | --- |
-| `pages_mapped_total` | pages | `cause`: needed, ahead, eager | mapped because a step needed them, or before one did |
-| `pages_unmapped_total` | pages | | unmapped |
-| `pages_zeroed_total` | pages | | of parked slots, zeroed for the next request |
+| `mapped_bytes_total` | bytes | `cause`: needed, ahead, eager | mapped because a step needed it, or before one did |
+| `unmapped_bytes_total` | bytes | | unmapped |
+| `zeroed_bytes_total` | bytes | | of parked slots, zeroed for the next request |
 | `reclaims_total` | times | | spare or parked pages were taken away |
 | `adoptions_total` | requests | | that took over a parked slot |
-| `waits_total` | times | | somebody waited for the mapper |
+| `waits_total` | times | | a call waited for the mapper |
 | `wait_seconds_total` | seconds | | how long, together |
 | `mapper_seconds_total` | seconds | | how long the mapper has been at work |
 | `background_failures_total` | times | | background work failed and was undone |
@@ -40,6 +41,7 @@ Counters, where pages are counted in smallest pages:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -87,12 +89,7 @@ def _counter(name: str, text: str, read: Callable[[CacheStats], float]) -> _Metr
 
 
 def _pool_bytes(stats: CacheStats) -> _Samples:
-    return {
-        ("free",): stats.pages_free * stats.page_bytes,
-        ("mapped",): stats.pages_mapped * stats.page_bytes,
-        ("retained",): stats.pages_retained * stats.page_bytes,
-        ("retired",): stats.pages_retired * stats.page_bytes,
-    }
+    return {(state,): count for state, count in stats.bytes_by_state.items()}
 
 
 def _slots(stats: CacheStats) -> _Samples:
@@ -112,8 +109,9 @@ def _pages(stats: CacheStats) -> _Samples:
     return found
 
 
-def _pages_mapped(stats: CacheStats) -> _Samples:
-    return {("needed",): stats.maps_needed, ("ahead",): stats.maps_ahead, ("eager",): stats.maps_eager}
+def _mapped_bytes(stats: CacheStats) -> _Samples:
+    pages = {"needed": stats.maps_needed, "ahead": stats.maps_ahead, "eager": stats.maps_eager}
+    return {(cause,): count * stats.page_bytes for cause, count in pages.items()}
 
 
 _METRICS = (
@@ -132,20 +130,25 @@ _METRICS = (
     ),
     _gauge("virtual_bytes", "Address space of all views.", lambda stats: stats.virtual_bytes),
     _gauge("waste_ratio", "Mapped bytes that live tokens do not fill, by those they fill.", lambda stats: stats.waste),
+    _gauge(
+        "fragmentation_ratio",
+        "Share of the free bytes that cannot be given as pages of the largest size at once.",
+        lambda stats: stats.fragmentation,
+    ),
     _Metric(GaugeMetricFamily, "slots", "Slots by state.", _slots, ("state",)),
     _gauge("tokens", "Tokens that the last step of each live slot asked for.", lambda stats: stats.tokens_live),
     _Metric(GaugeMetricFamily, "pages", "Pages that exist, in their own size.", _pages, ("page_bytes", "state")),
-    _Metric(CounterMetricFamily, "pages_mapped_total", "Smallest pages mapped, by cause.", _pages_mapped, ("cause",)),
-    _counter("pages_unmapped_total", "Smallest pages unmapped.", lambda stats: stats.unmaps),
+    _Metric(CounterMetricFamily, "mapped_bytes_total", "Memory mapped, by cause.", _mapped_bytes, ("cause",)),
+    _counter("unmapped_bytes_total", "Memory unmapped.", lambda stats: stats.unmaps * stats.page_bytes),
     _counter(
-        "pages_zeroed_total",
-        "Smallest pages of parked slots zeroed for the next request.",
-        lambda stats: stats.zeroed_pages,
+        "zeroed_bytes_total",
+        "Memory of parked slots zeroed for the next request.",
+        lambda stats: stats.zeroed_pages * stats.page_bytes,
     ),
     _counter("reclaims_total", "Times that spare or parked pages were taken away.", lambda stats: stats.reclaims),
     _counter("adoptions_total", "Requests that took over a parked slot.", lambda stats: stats.adoptions),
-    _counter("waits_total", "Times that somebody waited for the mapper.", lambda stats: stats.waits),
-    _counter("wait_seconds_total", "Time spent waiting for the mapper.", lambda stats: stats.wait_seconds),
+    _counter("waits_total", "Times that a call waited for the mapper.", lambda stats: stats.waits),
+    _counter("wait_seconds_total", "Time that calls waited for the mapper.", lambda stats: stats.wait_seconds),
     _counter("mapper_seconds_total", "Time the mapper has been at work.", lambda stats: stats.mapper_seconds),
     _counter(
         "background_failures_total",
@@ -158,9 +161,9 @@ _METRICS = (
 class KVCacheCollector(Collector):
     """Reads the stats of one or several managers, once each a scrape.
 
-    `registry.register(collector)` starts it and `registry.unregister(collector)` ends it; a registry takes one, so give
-    it all managers at once. It holds them weakly: it keeps no cache alive. A manager that is closed or gone has no
-    series.
+    `registry.register(collector)` starts it and `registry.unregister(collector)` ends it. A registry takes one: give it
+    all managers, or `add` them later. It holds them weakly and keeps no memory alive; a manager that is closed or gone
+    has no series.
 
     A scrape takes the manager's lock: while a `step` waits for the mapper, so does the scrape.
 
@@ -168,8 +171,14 @@ class KVCacheCollector(Collector):
       managers: by name, which becomes the label `cache`.
     """
 
-    def __init__(self, managers: Mapping[str, KVCacheManager]):
-        self._managers = {name: weakref.ref(manager) for name, manager in managers.items()}
+    def __init__(self, managers: Mapping[str, KVCacheManager] | None = None):
+        self._managers: dict[str, weakref.ref[KVCacheManager]] = {}
+        for name, manager in (managers or {}).items():
+            self.add(name, manager)
+
+    def add(self, name: str, manager: KVCacheManager) -> None:
+        """Takes a manager in, in the place of one that had this name."""
+        self._managers[name] = weakref.ref(manager)
 
     def describe(self) -> Iterator[_Family]:
         """All metrics without values: registering reads nothing."""
@@ -187,12 +196,10 @@ class KVCacheCollector(Collector):
 
     def _stats(self) -> dict[str, CacheStats]:
         found = {}
-        for name, reference in self._managers.items():
+        for name, reference in self._managers.copy().items():
             manager = reference()
             if manager is None:
                 continue
-            try:
+            with contextlib.suppress(ClosedError):
                 found[name] = manager.stats()
-            except ClosedError:
-                continue
         return found

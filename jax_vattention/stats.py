@@ -1,11 +1,8 @@
-"""What a cache manager says of itself: counts and times, and a picture of its slots."""
+"""What a cache manager says of itself: counts and times."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-
-from jax_vattention.slots import SlotState, SlotTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +19,7 @@ class CacheStats:
     mapped_bytes: int
     """Physical memory granted to live slots."""
     mapped_bytes_peak: int
+    """Most that was ever granted at once."""
     needed_bytes: int
     """Of `mapped_bytes`, what live tokens fill; the rest is the unused part of last pages."""
     pages_total: int
@@ -62,11 +60,13 @@ class CacheStats:
     adoptions: int
     """Requests that took over a parked slot."""
     waits: int
-    """Times that `step` waited for the mapper."""
+    """Times that a call waited for the mapper; `sync` and `close` do not count."""
     wait_seconds: float
+    """How long, together."""
     mapper_seconds: float
     """How long the mapper has been at work."""
     background_failures: int
+    """Times that background work failed and was undone."""
 
     @property
     def pages_available(self) -> int:
@@ -74,78 +74,27 @@ class CacheStats:
         return self.pages_free + self.pages_retained
 
     @property
+    def bytes_by_state(self) -> dict[str, int]:
+        """The pool: free, mapped, retained and retired bytes, which add up to all of it."""
+        pages = {
+            "free": self.pages_free,
+            "mapped": self.pages_mapped,
+            "retained": self.pages_retained,
+            "retired": self.pages_retired,
+        }
+        return {state: count * self.page_bytes for state, count in pages.items()}
+
+    @property
     def waste(self) -> float:
-        """What live slots have been granted and do not fill, as a share of what they fill."""
+        """Internal fragmentation: what live slots have been granted and do not fill, as a share of what they fill."""
         return (self.mapped_bytes - self.needed_bytes) / self.needed_bytes if self.needed_bytes else 0.0
 
-
-@dataclasses.dataclass(frozen=True)
-class SlotSnapshot:
-    """One slot at one moment; pages are smallest pages of all planes and groups."""
-
-    slot: int
-    state: str
-    """idle, live, retired or parked."""
-    tokens: int
-    """That the last `step` asked for."""
-    pages: int
-    """Attached."""
-    pages_granted: int
-    page_sizes: dict[int, int]
-    """How many pages of which size in bytes are attached."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """All slots that are not idle and empty, and the counts, at one moment. `jax-vattention draw` makes a picture."""
-
-    stats: CacheStats
-    slots: tuple[SlotSnapshot, ...]
-
-    def to_json(self) -> str:
-        """As one JSON object; `from_json` reads it back."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Snapshot:
-        """Reads what `to_json` wrote.
-
-        Raises:
-          ValueError: it is something else.
-        """
-        try:
-            values = json.loads(text)
-            stats = values["stats"]
-            stats["pages_by_size"] = {int(size): tuple(counts) for size, counts in stats["pages_by_size"].items()}
-            slots = (
-                {**slot, "page_sizes": {int(size): count for size, count in slot["page_sizes"].items()}}
-                for slot in values["slots"]
-            )
-            return cls(CacheStats(**stats), tuple(SlotSnapshot(**slot) for slot in slots))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"expected a snapshot as Snapshot.to_json() writes it: {error!r} is missing") from error
-
-
-def slot_snapshots(table: SlotTable) -> tuple[SlotSnapshot, ...]:
-    """Of all slots that have a request or a page."""
-    found = []
-    for slot in range(table.spec.num_slots):
-        state = SlotState(int(table.state[slot]))
-        if state is SlotState.IDLE and not table.pages[slot]:
-            continue
-        sizes: dict[int, int] = {}
-        for extent, group in zip(table.extents[slot], table.groups, strict=True):
-            for span, count in extent.spans():
-                size = span * table.spec.page_bytes
-                sizes[size] = sizes.get(size, 0) + count * group.planes
-        found.append(
-            SlotSnapshot(
-                slot,
-                state.name.lower(),
-                int(table.lens[slot]),
-                int(table.pages[slot]),
-                int(table.pages_granted[slot]),
-                sizes,
-            )
-        )
-    return tuple(found)
+    @property
+    def fragmentation(self) -> float:
+        """External fragmentation: the share of the pool's free bytes that cannot be given as pages of the largest size
+        unless idle smaller pages are released for them. 0 with one size of pages."""
+        largest = max(self.pages_by_size)
+        unmade = self.pages_total * self.page_bytes - sum(size * made for size, (made, _) in self.pages_by_size.items())
+        free = unmade + sum(size * idle for size, (_, idle) in self.pages_by_size.items())
+        ready = self.pages_by_size[largest][1] * largest + unmade // largest * largest
+        return 1 - ready / free if free else 0.0

@@ -377,6 +377,7 @@ def test_the_slot_that_fits_best_is_taken_over(manager):
     manager.finish(manager.step({slot: (1 + n) * page for n, slot in enumerate(slots)}))
     for slot in slots:
         manager.free(slot)
+    manager.sync()
     held = [int(n) for n in manager._slots.attached]
     assert manager.allocate(2 * page + 1) == min(slots, key=lambda s: (held[s] < 2 * page + 1, held[s]))
     assert manager.allocate(5 * page) == slots[3]  # none is so large: the largest
@@ -448,6 +449,7 @@ def test_few_free_pages_are_made_more_in_the_background(device, page_bytes, stri
         manager.finish(manager.step(dict.fromkeys(slots, 4 * page)))
         for slot in slots:
             manager.free(slot)
+        manager.sync()
         slot = manager.allocate(4 * page)
         manager.finish(manager.step({slot: page}))
         stats = conserved(manager)
@@ -550,6 +552,23 @@ def test_finish_without_waiting_reports_dropped_writes_later(manager):
     del cache, result
 
 
+def test_a_freed_slot_that_waits_for_the_mapper_only_is_there_for_the_next_request(device, page_bytes, strict):
+    with make(device, page_bytes, strict, pages=5, num_slots=2) as manager:
+        page = int(manager.spec.tokens_per_page)
+        for _ in range(3):
+            slots = [manager.allocate(page), manager.allocate(page)]
+            manager._memory.set_delay(20_000)
+            manager.finish(manager.step({slots[0]: 1}, next_lengths={slots[0]: 4 * page}))
+            for slot in slots:
+                manager.free(slot)  # one of them is being mapped ahead
+            slots = [manager.allocate(page), manager.allocate(page)]
+            manager._memory.set_delay(0)
+            manager.finish(manager.step(dict(zip(slots, (page, 4 * page), strict=True))))
+            assert conserved(manager).pages_mapped == 5
+            for slot in slots:
+                manager.free(slot)
+
+
 def test_looking_at_a_manager_does_not_wait_for_pages_being_made(device, page_bytes, strict):
     with make(device, page_bytes, strict, pages=60, max_seq_len=60 * page_bytes // 128) as manager:
         page = int(manager.spec.tokens_per_page)
@@ -561,6 +580,34 @@ def test_looking_at_a_manager_does_not_wait_for_pages_being_made(device, page_by
         assert time.perf_counter() - start < 0.5  # making all pages takes 1 s
         assert manager._jobs
         manager._memory.set_delay(0)
+
+
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_other_threads_run_on_while_a_manager_ends(device, page_bytes, strict, how):
+    manager = make(device, page_bytes, strict, pages=60, max_seq_len=60 * page_bytes // 128)
+    slot = manager.allocate()
+    manager._memory.set_delay(10_000)
+    manager.finish(manager.step({slot: 1}, next_lengths={slot: 50 * int(manager.spec.tokens_per_page)}))
+    standing, ended = [0.0], threading.Event()
+
+    def watch():
+        last = time.perf_counter()
+        while not ended.wait(0.001):
+            now = time.perf_counter()
+            standing[0], last = max(standing[0], now - last), now
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    start = time.perf_counter()
+    if how == "close":
+        manager.close()
+    del manager
+    gc.collect()
+    took = time.perf_counter() - start
+    ended.set()
+    thread.join()
+    assert took > 0.5  # pages are made, mapped and unmapped first
+    assert standing[0] < took / 2
 
 
 def test_a_program_that_fails_is_raised_by_finish_or_step_once():
