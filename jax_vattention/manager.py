@@ -539,6 +539,8 @@ class KVCacheManager:
                 break
             parked = slots.state[slot] == SlotState.PARKED
             found = slots.cut_tail(slot, tokens, pages - taken)
+            if not found:
+                continue  # its last page is needed in part
             count = slots.count(found)
             pieces += found
             taken += count
