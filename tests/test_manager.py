@@ -631,7 +631,7 @@ def test_threads_take_turns(device, page_bytes, strict):
                         manager.finish(manager.step({slot: length}), wait=bool(rng.integers(2)))
                         conserved(manager, sync=False)
                     manager.free(slot)
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 failed.append(error)
 
         threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(4)]
