@@ -542,6 +542,8 @@ class KVCacheManager:
             slot, tokens = candidates[candidate]
             parked = slots.state[slot] == SlotState.PARKED
             found = slots.cut_tail(slot, tokens, pages - taken)
+            if not found:
+                continue  # its last page is needed in part
             count = slots.count(found)
             pieces += found
             taken += count

@@ -69,6 +69,8 @@ class Snapshot:
           ValueError: it is something else.
         """
         snapshot = _read(cls, json.loads(text), "snapshot")
+        if snapshot.stats.page_bytes not in snapshot.stats.pages_by_size:
+            raise ValueError(f"pages_by_size: expected {snapshot.stats.page_bytes} and larger sizes, got none such")
         for slot in snapshot.slots:
             if slot.state not in (state.name.lower() for state in SlotState):
                 raise ValueError(f"slot {slot.slot}: expected a state of a slot, got {slot.state!r}")
