@@ -102,6 +102,7 @@ class Watch:
 
     def check_idle(self) -> None:
         """Nothing is left of any request."""
+        self.manager.sync()  # pages that are being unmapped are not available yet
         self.check()
         stats = self.manager.stats()
         assert stats.slots_live == 0
@@ -190,12 +191,15 @@ def rarest_engine() -> Iterator[tuple[Engine, Watch]]:
 def free_pages(engine: Engine, watch: Watch, pages: int) -> Iterator[None]:
     """Leaves this many pages to the engine: slots that are not its own take the others."""
     manager, spec, slots = engine.manager, engine.manager.spec, []
+    manager.sync()
     while (surplus := manager.stats().pages_available - pages) > 0:
         slots.append(manager.allocate())
         manager.finish(manager.step({slots[-1]: spec.tokens_in(min(surplus, spec.slot_pages))}))
+        manager.sync()
     assert manager.stats().pages_available == pages
     watch.allocated = 0
     yield
+    manager.sync()
     assert manager.stats().slots_live == len(slots)
     assert manager.stats().pages_available == pages
     for slot in slots:
