@@ -306,6 +306,9 @@ class KVCacheManager:
             attached, granted = int(slots.pages.sum()), int(slots.pages_granted.sum())
             retired = int(slots.pages[slots.state == SlotState.RETIRED].sum())
             spare = int(slots.pages[live].sum()) - granted
+            leaving = self._pages_leaving + self._pages_behind
+            # Below zero: pages are promised to slots before they have left others. They count once, where they go.
+            promised = max(0, -self._pages_free)
             return CacheStats(
                 page_bytes=spec.page_bytes,
                 virtual_bytes=spec.view_bytes,
@@ -313,11 +316,11 @@ class KVCacheManager:
                 mapped_bytes_peak=self._pages_peak * spec.page_bytes,
                 needed_bytes=self._needed_bytes(live),
                 pages_total=self._pages_total,
-                pages_free=self._pages_free,
+                pages_free=max(0, self._pages_free),
                 pages_mapped=granted,
                 pages_retained=attached - granted - retired,
                 pages_retained_live=spare,
-                pages_retired=retired + self._pages_leaving + self._pages_behind,
+                pages_retired=retired + leaving - promised,
                 pages_peak=self._pages_peak,
                 pages_created=self._pool.created_pages,
                 pages_by_size=self._pool.counts(),
@@ -378,10 +381,8 @@ class KVCacheManager:
         """Makes sure of the pages of slots that need more: of all of them, or of none."""
         slots = self._slots
         self._settle(short, wanted)
-        # Surfaces here, where it matters. A lack of memory may have passed: that is tried again below.
-        errors = [self._errors.pop(slot) for slot in short.tolist() if slot in self._errors]
-        errors = [error for error in errors if not _is_memory(error)]
-        _raise_first(errors)
+        # Surfaces here, where it matters.
+        _raise_first([self._errors.pop(slot) for slot in short.tolist() if slot in self._errors])
         # Those that could not be zeroed in the background.
         self._wait([self._zero(slot, int(slots.dirty[slot])) for slot in short[slots.dirty[short] > 0].tolist()])
         lacking = short[wanted[short] > slots.attached[short]].tolist()
@@ -410,21 +411,23 @@ class KVCacheManager:
           OutOfPagesError, DriverError: nothing has changed, except that pages nobody used may have been reclaimed.
         """
         slots = self._slots
-        smallest = False
-        while True:
+        # Large pages reach beyond the need, and the device may have no room for one and yet for many small ones.
+        for smallest in (False, True) if self.spec.large_page_bytes else (True,):
             pieces = [piece for slot in lacking for piece in slots.plan(slot, int(wanted[slot]), smallest=smallest)]
-            self._make_room(slots.count(pieces), np.maximum(slots.granted, wanted))
-            job = self._map(pieces, "needed")
             try:
-                self._wait([job])
-                return
-            except DriverError as error:
-                if not error.out_of_memory:
+                self._make_room(slots.count(pieces), np.maximum(slots.granted, wanted))
+                return self._map_and_wait(pieces)
+            except OutOfPagesError:
+                if smallest:
                     raise
-                if not smallest and self.spec.large_page_bytes:
-                    smallest = True  # the device may have no room for a large page and yet for many small ones
-                    continue
-                raise OutOfPagesError(f"the device is out of memory before the pool is: {error}") from error
+
+    def _map_and_wait(self, pieces: Pieces) -> None:
+        try:
+            self._wait([self._map(pieces, "needed")])
+        except DriverError as error:
+            if not error.out_of_memory:
+                raise
+            raise OutOfPagesError(f"the device is out of memory before the pool is: {error}") from error
 
     def _make_room(self, pages: int, keep_tokens: np.ndarray) -> None:
         """Takes spare and parked pages away until so many can be mapped."""
@@ -520,7 +523,7 @@ class KVCacheManager:
         keep = np.where(live, np.maximum(keep_tokens, slots.granted), 0)
         # Of a retired slot, what was never granted is in no program's reach; once those are over, nothing is.
         keep = np.where(retired & (slots.epoch > self._done_epoch), slots.dirty, keep)
-        found = (slots.state == SlotState.PARKED) | ((live | retired) & (slots.attached > keep))
+        found = (slots.state == SlotState.PARKED) | ((live | retired) & (slots.reach > keep))
         found &= slots.ticket <= self._booked  # what is under way could not be undone apart
         return [(slot, int(keep[slot])) for slot in np.flatnonzero(found).tolist()]
 
@@ -552,7 +555,6 @@ class KVCacheManager:
                 _log.debug("reclaiming %d pages of slot %d, %s: %s", count, slot, state, why)
             if parked and not slots.pages[slot]:
                 slots.state[slot] = SlotState.IDLE
-                slots.dirty[slot] = 0
         if not pieces:
             return []
         self._counts["reclaims"] += 1
@@ -585,11 +587,14 @@ class KVCacheManager:
             gives_back = not self._background or any(extent.first for extent in slots.extents[slot])
             if gives_back and slots.ticket[slot] > self._booked:
                 continue
-            behind = slots.without_start(slot)
-            if behind:
-                self._unmap(behind, spare=False)
-            if not self._background and slots.pages[slot]:
-                self._unmap(slots.cut_tail(slot, 0), spare=False)
+            lost = slots.without_start(slot)
+            if not self._background:
+                lost += slots.cut_tail(slot, 0)
+            if lost:
+                slots.leave(lost)
+                self._unmap(lost, spare=False)
+            if slots.leaving[slot]:
+                continue  # its places are taken until then
             if not slots.pages[slot]:
                 slots.state[slot] = SlotState.IDLE
                 slots.dirty[slot] = 0
@@ -598,16 +603,15 @@ class KVCacheManager:
             if slots.dirty[slot] and self._zero_pages:
                 self._zero(slot, int(slots.dirty[slot]))
             slots.dirty[slot] = 0
-        if not self._background and self._jobs:
-            self._drain()
 
     def _settle_retired(self) -> bool:
         """Waits for the mapper where freed slots wait for nothing else. True if it did."""
         slots = self._slots
         if not (slots.epoch[slots.where(SlotState.RETIRED)] <= self._done_epoch).any():
             return False
-        self._drain()
-        self._park_retired()
+        for _ in range(2):  # what is given back has to be unmapped first
+            self._drain()
+            self._poll()
         self._drain()  # for the zeroing of what was parked
         return True
 
@@ -631,6 +635,7 @@ class KVCacheManager:
                 pieces = slots.cut_head(slot, g, int(first[slot]))
                 count = slots.count(pieces)
                 if count:
+                    slots.leave(pieces)
                     slots.pages_granted[slot] -= count
                     self._pages_live += int(slots.pages_granted[slot]) - before
                     self._pages_behind += count
@@ -712,7 +717,7 @@ class KVCacheManager:
             except Exception as error:
                 # Without its frames: they would keep caches, and so the views, alive.
                 job.error = error.with_traceback(None)
-                self._undo(job)
+                self._undo(job, job.error)
             else:
                 self._book(job)
 
@@ -727,14 +732,15 @@ class KVCacheManager:
             self._counts["unmaps"] += job.pages
             self._pages_leaving -= job.pages
             self._pages_free += job.pages
+            self._slots.left(job.pieces, spare=job.spare)
 
-    def _undo(self, job: _Job) -> None:
+    def _undo(self, job: _Job, error: Exception) -> None:
         """Makes the books say what is so after work that failed, and keeps the error for who depends on it."""
         slots = self._slots
         if job.cause != "needed":
             self._counts["background_failures"] += 1
             # As text: a handler that keeps the error would keep the frames that it is raised through later.
-            what = f"{job.kind} of {job.pages} pages: {job.error}"
+            what = f"{job.kind} of {job.pages} pages: {error}"
             _log.warning("background work failed and is undone: %s", what)
         if job.kind == "map":
             slots.detach(job.pieces)
@@ -756,8 +762,9 @@ class KVCacheManager:
                 self._park(slot)
             elif slots.state[slot] == SlotState.PARKED and not slots.pages[slot]:
                 slots.state[slot] = SlotState.IDLE
-            if slots.state[slot] == SlotState.LIVE and job.kind != "unmap" and job.error is not None:
-                self._errors[slot] = job.error
+            # A lack of memory may pass: who needs the pages tries again.
+            if slots.state[slot] == SlotState.LIVE and job.kind != "unmap" and not _is_memory(error):
+                self._errors[slot] = error
 
     # Fences
 
@@ -770,14 +777,17 @@ class KVCacheManager:
             epoch, order = self._fences.popleft()
             self._done_epoch = max(self._done_epoch, epoch)
             self._keep_failure(order)
-        if self._retired and self._retired[0][0] <= self._done_epoch:
-            over = [entry for entry in self._retired if entry[0] <= self._done_epoch]
+        over = [entry for entry in self._retired if entry[0] <= self._done_epoch]
+        if over:
             self._retired = [entry for entry in self._retired if entry[0] > self._done_epoch]
             for _, pieces, count in over:
                 self._pages_behind -= count
                 self._unmap(pieces, spare=False)
         if (self._slots.state == SlotState.RETIRED).any():
             self._park_retired()
+            if not self._background and self._jobs:
+                self._drain()
+                self._park_retired()
 
     def _keep_failure(self, order: jax.Array) -> None:
         """Keeps what went wrong in a program that is over: whoever looks first may only have wanted the counts."""
@@ -787,18 +797,20 @@ class KVCacheManager:
             self._failure = self._failure or error.with_traceback(None)
             return
         count = int(status[0])
-        if count > self._reported:
+        if count > self._reported and not isinstance(self._failure, jax.errors.JaxRuntimeError):
+            # Of all programs since the last error; the rest of the status is of the first of them.
             self._failure = DroppedWriteError(count - self._reported, *(int(value) for value in status[1:]))
-            self._reported = count
 
     def _raise_failure(self) -> None:
         error, self._failure = self._failure, None
         if error is None:
             return
-        if isinstance(error, DroppedWriteError) and not self._fences:
-            # Nothing is in flight: the next program starts a new chain of order tokens.
-            self._order = jax.device_put(ffi.no_order(), self.device)
-            self._reported = 0
+        if isinstance(error, DroppedWriteError):
+            self._reported += error.count
+            if not self._fences:
+                # Nothing is in flight: the next program starts a new chain of order tokens.
+                self._order = jax.device_put(ffi.no_order(), self.device)
+                self._reported = 0
         raise error
 
     # Arguments and views

@@ -52,6 +52,8 @@ class SlotTable:
         """Tokens that programs may touch."""
         self.attached = np.zeros(slots, np.int32)
         """Tokens with pages behind them in all groups, granted or spare."""
+        self.reach = np.zeros(slots, np.int32)
+        """Tokens with pages behind them in any group."""
         self.sure = np.zeros(slots, np.int32)
         """Of `attached`, those whose pages are mapped already."""
         self.dirty = np.zeros(slots, np.int32)
@@ -59,6 +61,8 @@ class SlotTable:
         self.pages = np.zeros(slots, np.int64)
         """Attached smallest pages, in all planes of all groups."""
         self.pages_granted = np.zeros(slots, np.int64)
+        self.leaving = np.zeros(slots, np.int64)
+        """Pages that were given up for good and are not unmapped yet."""
         self.ticket = np.zeros(slots, np.int64)
         """The last work of the mapper on it."""
         self.zeroed = np.zeros(slots, np.int64)
@@ -139,6 +143,20 @@ class SlotTable:
         self._recount([slot])
         return pieces
 
+    def leave(self, pieces: Pieces) -> None:
+        """Counts pages that were given up: their slots cannot be given out before they have left."""
+        for piece in pieces:
+            self.leaving[piece[1]] += self.count([piece])
+
+    def left(self, pieces: Pieces, *, spare: bool) -> None:
+        """Pages are unmapped."""
+        for piece in pieces:
+            slot = piece[1]
+            if not spare:
+                self.leaving[slot] -= self.count([piece])
+            if not self.pages[slot]:
+                self.dirty[slot] = 0  # and with them what was written
+
     def grant(self, slot: int, tokens: int) -> None:
         """Lets programs touch what the pages of this many tokens hold."""
         granted = self.spec.max_seq_len
@@ -183,9 +201,8 @@ class SlotTable:
             self.pages[slot] = sum(
                 extent.pages * group.planes for extent, group in zip(extents, self.groups, strict=True)
             )
-            self.attached[slot] = min(
-                group.tokens_in(extent.end) for extent, group in zip(extents, self.groups, strict=True)
-            )
+            reaches = [group.tokens_in(extent.end) for extent, group in zip(extents, self.groups, strict=True)]
+            self.attached[slot], self.reach[slot] = min(reaches), max(reaches)
             self.sure[slot] = min(self.sure[slot], self.attached[slot])
 
     def _show(self, slot: int) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_vattention import KVCache, KVCacheManager, KVCacheSpec, errors
+from jax_vattention import KVCache, KVCacheManager, KVCacheSpec, LayerGroup, errors
 
 HEADS, DIM = 1, 16
 
@@ -550,6 +550,75 @@ def test_finish_without_waiting_reports_dropped_writes_later(manager):
         manager.finish(result, wait=False)
     manager.finish(append(manager.step({}), jnp.array([0], jnp.int32)))
     del cache, result
+
+
+def test_dropped_writes_of_several_programs_add_up(manager):
+    ones = jnp.ones((1, HEADS, DIM))
+    append = jax.jit(lambda cache, at: cache.append(ones, ones, layer=0, slots=at * 0, positions=at))
+    cache = manager.step({manager.allocate(): 1})
+    for position in (10**6, 10**5):
+        cache = cache.with_order(append(cache, jnp.array([position], jnp.int32)).order)
+        jax.block_until_ready(cache.order)
+        manager._fences.append((manager._epoch, cache.order))  # both are over before anybody looks
+    with pytest.raises(errors.DroppedWriteError, match=r"2 write\(s\) were dropped; the first to .* position 1000000"):
+        manager.step({})
+    manager.finish(append(manager.step({}), jnp.array([0], jnp.int32)))
+    del cache
+
+
+def of_sizes(page_bytes, **options):
+    """Tokens of 128 bytes in each of its layers."""
+    return KVCacheSpec(
+        options.pop("num_layers", 1), HEADS, DIM, 2, 8 * page_bytes // 128, jnp.float32, page_bytes, **options
+    )
+
+
+def test_what_a_large_page_reaches_beyond_the_need_is_not_insisted_on(device, page_bytes, strict):
+    spec = of_sizes(page_bytes, large_page_bytes=(2 * page_bytes, 4 * page_bytes))
+    options = {"pool_bytes": 5 * page_bytes, "device": device, "strict": strict}
+    with KVCacheManager(spec, large_page_share=0.5, reclaim_below=0.0, **options) as manager:
+        page = int(spec.tokens_per_page)
+        manager.finish(manager.step({manager.allocate(): 5 * page}))
+        assert conserved(manager).pages_mapped == 5
+
+
+WINDOW = (LayerGroup((0,), window=1), LayerGroup((1,)))
+
+
+def test_spare_pages_of_one_group_only_are_taken_back(device, page_bytes, strict):
+    spec = of_sizes(page_bytes, num_layers=2, groups=WINDOW, large_page_bytes=(4 * page_bytes,))
+    options = {"pool_bytes": 8 * page_bytes, "device": device, "strict": strict}
+    with KVCacheManager(spec, large_page_share=0.9, lookahead_steps=0, reclaim_below=0.0, **options) as manager:
+        page = int(spec.tokens_per_page)
+        slots = [manager.allocate(), manager.allocate()]
+        manager.finish(manager.step({slots[0]: 1}))
+        extent = manager._slots.extents[slots[0]][1]
+        # As it is where groups have tokens of different sizes: one reaches further, in pages of its own.
+        manager._wait([manager._map([(1, slots[0], [(extent.end, 4, 1)])], "eager")])
+        assert manager._slots.attached[slots[0]] == page
+        manager.finish(manager.step({slots[1]: 3 * page}))
+        assert conserved(manager).pages_mapped == 2 + 2 * 3
+
+
+def test_a_slot_is_not_given_out_before_the_pages_that_it_lost_are_unmapped(device, page_bytes, strict):
+    spec = of_sizes(page_bytes, num_layers=2, groups=WINDOW)
+    with KVCacheManager(spec, pool_bytes=32 * page_bytes, device=device, strict=strict) as manager:
+        page = int(spec.tokens_per_page)
+        slot = manager.allocate()
+        manager.finish(manager.step({slot: 4 * page}))
+        manager.sync()
+        manager.finish(manager.step({}, seq_lens={slot: 4 * page}))
+        manager.sync()
+        manager._memory.inject_failure(0, False)
+        manager.free(slot)
+        manager._drain()
+        assert (manager._counts["background_failures"], manager._slots.leaving[slot]) == (1, 1)
+        assert manager.stats().slots_retired == 1
+        # The next request gets it when that has been done again.
+        slots = [manager.allocate(), manager.allocate()]
+        assert slot in slots
+        manager.finish(manager.step({slot: 4 * page}))
+        assert conserved(manager).pages_mapped == 8
 
 
 def test_a_freed_slot_that_waits_for_the_mapper_only_is_there_for_the_next_request(device, page_bytes, strict):
