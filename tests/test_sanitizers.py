@@ -4,8 +4,8 @@ The other tests can run on a module that was built with sanitizers, beside a Pyt
 
     pip install -e . -C build-dir=build/sanitize -C cmake.build-type=Debug \
       -C cmake.define.JAX_VATTENTION_SANITIZE=thread
-    TSAN_OPTIONS=ignore_noninstrumented_modules=1:handle_segv=0 LD_PRELOAD=$(c++ -print-file-name=libtsan.so) \
-      setarch -R python -m pytest -m "not gpu" tests/test_memory.py tests/test_manager.py tests/test_failures.py
+    TSAN_OPTIONS=ignore_noninstrumented_modules=1:handle_segv=0:suppressions=$PWD/tests/native/tsan.supp \
+      LD_PRELOAD=$(c++ -print-file-name=libtsan.so) setarch -R python -m pytest -m "not gpu" tests/test_memory.py ...
 
 With `address,undefined` instead of `thread`:
 
