@@ -4,13 +4,14 @@ The other tests can run on a module that was built with sanitizers, beside a Pyt
 
     pip install -e . -C build-dir=build/sanitize -C cmake.build-type=Debug \
       -C cmake.define.JAX_VATTENTION_SANITIZE=thread
-    TSAN_OPTIONS=ignore_noninstrumented_modules=1:handle_segv=0:suppressions=$PWD/tests/native/tsan.supp \
-      LD_PRELOAD=$(c++ -print-file-name=libtsan.so) setarch -R python -m pytest -m "not gpu" tests/test_memory.py ...
+    setarch -R env LD_PRELOAD=$(c++ -print-file-name=libtsan.so) \
+      TSAN_OPTIONS=ignore_noninstrumented_modules=1:handle_segv=0:suppressions=$PWD/tests/native/tsan.supp \
+      python -m pytest -m "not gpu" tests/test_memory.py tests/test_manager.py tests/test_failures.py
 
 With `address,undefined` instead of `thread`:
 
-    ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=halt_on_error=1 \
-      LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so)" python -m pytest ...
+    env LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so)" \
+      ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=halt_on_error=1 python -m pytest ...
 """
 
 import os
