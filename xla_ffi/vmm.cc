@@ -74,11 +74,14 @@ Mapping::Mapping(Mapping&& other) noexcept
     : memory_(std::exchange(other.memory_, nullptr)), address_(other.address_), bytes_(other.bytes_) {}
 
 Mapping::~Mapping() {
-  if (memory_ == nullptr) return;
-  try {
-    memory_->Unmap(address_, bytes_);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "jax_vattention: a mapping was left behind: %s\n", error.what());
+  // Twice: behind a mapping that stays, neither its page nor its addresses can be given back.
+  for (const char* outcome : {"will be tried again", "was left behind"}) {
+    if (memory_ == nullptr) return;
+    try {
+      Unmap();
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "jax_vattention: a mapping %s: %s\n", outcome, error.what());
+    }
   }
 }
 
