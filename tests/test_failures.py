@@ -85,8 +85,7 @@ def held(device: jax.Device) -> tuple[int, int]:
     """What a process could leak: file descriptors and mappings on the host, bytes of a GPU."""
     gc.collect()
     if device.platform != "cpu":
-        # What JAX's own allocator took meanwhile is not ours.
-        return 0, open_memory(device).info()[0] + device.memory_stats().get("pool_bytes", 0)
+        return 0, open_memory(device).info()[0]
     with open("/proc/self/maps") as maps:
         return len(os.listdir("/proc/self/fd")), sum("memfd:jax_vattention" in line for line in maps)
 
@@ -533,11 +532,8 @@ def run_failing(own: Serving, operate: Callable[[], None], calls: int, out_of_me
     return Outcome("logged", logged) if logged else Outcome()
 
 
-@pytest.mark.parametrize("out_of_memory", [False, True])
-@pytest.mark.parametrize("name", CASES)
-def test_the_manager(device, page_bytes, strict, name, out_of_memory, capfd, caplog):
-    case = CASES[name]
-    caplog.set_level(logging.WARNING, "jax_vattention.manager")
+def fail_each_call(device, page_bytes, strict, case, out_of_memory, capfd, caplog) -> tuple[dict[str, set[str]], Any]:
+    """Each driver call of an operation fails once. Returns how that showed, and what was held after the first time."""
     found: dict[str, set[str]] = {"raised": set(), "counted": set(), "logged": set()}
     before = None
     for calls in itertools.count():
@@ -581,6 +577,17 @@ def test_the_manager(device, page_bytes, strict, name, out_of_memory, capfd, cap
             before = held(device)  # what is opened once stays open
         if not fired:
             break
+    return found, before
+
+
+@pytest.mark.parametrize("out_of_memory", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_the_manager(device, page_bytes, strict, name, out_of_memory, capfd, caplog):
+    case = CASES[name]
+    caplog.set_level(logging.WARNING, "jax_vattention.manager")
+    found, before = fail_each_call(device, page_bytes, strict, case, out_of_memory, capfd, caplog)
+    if held(device) != before:  # the driver may have opened something late, once; a leak comes again
+        found, before = fail_each_call(device, page_bytes, strict, case, out_of_memory, capfd, caplog)
     assert held(device) == before
     expected = {"raised": set(case.raised), "counted": set(case.counted), "logged": set(case.logged)}
     if out_of_memory:
