@@ -11,11 +11,11 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 import numpy as np
 
-KV_TAIL_TOKENS = 1
+KV_TAIL_TOKENS = 8
 """A kernel may read a slot's tokens up to its length rounded up to this many; the manager maps that far.
 
-With 1 no kernel reads past the length at all, and a slot never maps a byte that its tokens do not need,
-except what is left of its last page.
+8 is the shortest piece that a GPU copies into the shared memory layout of its tensor cores. A page of 2 MiB mostly
+holds a multiple of 8 tokens, and then this maps nothing more.
 """
 
 DEFAULT_PAGE_BYTES = 2 * 1024 * 1024
