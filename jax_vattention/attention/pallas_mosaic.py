@@ -4,8 +4,9 @@ Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023) with the work split as in St
 the tiles of keys of all requests and KV heads stand in one row, and every stream of the GPU takes an equal part of it,
 whatever the lengths. A part that begins or ends within a request yields a partial result, which `_combine` joins.
 
-A block holds two streams, each a pair of warpgroups: one that copies tiles of K and V into shared memory with the tensor
-memory accelerator, and one that multiplies them with the query heads that share the KV head, as rows of one `wgmma`.
+A block holds two streams, each a pair of warpgroups: one that copies tiles of K and V into shared memory with the
+tensor memory accelerator, and one that multiplies them with the query heads that share the KV head, as rows of one
+`wgmma`.
 
 What is not mapped is never addressed: a request's last tile is copied in boxes of `KV_TAIL_TOKENS` tokens, up to which
 the manager maps, and in the place of a box without a token of the request the first one is copied again.
@@ -36,6 +37,8 @@ _BOX = KV_TAIL_TOKENS
 """Tokens of the smallest copy: rows of a swizzled tile in shared memory."""
 _STREAMS = 2
 """Of a block."""
+_COMBINED_ELEMENTS = 8192
+"""Of partial results that `_combine` reads at once."""
 _BLOCKS = 132
 """Multiprocessors of an H100 or H200; a block fills one."""
 
@@ -73,6 +76,27 @@ class _Shape:
         return -(-self.group // _BOX) * _BOX
 
     @property
+    def sharing(self) -> int:
+        """KV heads whose query heads are neighbours in one query tile; each uses rows of its own."""
+        fits = _BOX % self.group == 0 and self.num_kv_heads * self.group % _BOX == 0
+        return _BOX // self.group if fits else 1
+
+    def query_tile(self, token: jax.Array, head: jax.Array) -> jax.Array:
+        """Where the query heads of a KV head are: number of the tile. Rows from `first_row(head)` on are its own."""
+        return lax.div(token * self.num_kv_heads + head, self.sharing)
+
+    def first_row(self, head: jax.Array) -> jax.Array:
+        """See `query_tile`."""
+        return lax.rem(head, self.sharing) * self.group
+
+    def query_tiles(self, q: jax.Array) -> jax.Array:
+        """`[tiles, rows, head_dim]`: the same memory, if rows need no padding."""
+        if self.sharing > 1 or self.group == self.rows:
+            return q.reshape(-1, self.rows, self.head_dim)
+        q = q.reshape(-1, self.group, self.head_dim)
+        return jnp.pad(q, ((0, 0), (0, self.rows - self.group), (0, 0)))
+
+    @property
     def streams(self) -> int:
         return self.tiling.blocks * _STREAMS
 
@@ -98,8 +122,6 @@ def run(
     # Rows of tokens, and in each a column for every head: a view of the same memory.
     k, v = (each.reshape(view.k.shape[0] * slot_tokens, -1, head_dim) for each in view.views)
     requests, streams, pairs = _schedule(batch, view, shape, slot_tokens)
-    padded = q.reshape(-1, num_kv_heads, group, head_dim)
-    padded = jnp.pad(padded, ((0, 0), (0, 0), (0, shape.rows - group), (0, 0)))
     segments = batch.num_requests * num_kv_heads + shape.streams
     parts, lse = plgpu.kernel(
         functools.partial(_decode, shape=shape),
@@ -115,7 +137,7 @@ def run(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
         kernel_name="attention_decode",
-    )(padded, k, v, requests, streams, view.layer.reshape(1), order)
+    )(shape.query_tiles(q), k, v, requests, streams, view.layer.reshape(1), order)
     return _combine(parts, lse, pairs, q, order, batch, shape, interpret_combine)
 
 
@@ -193,11 +215,11 @@ def _decode(q_ref, k_ref, v_ref, requests, streams, layer_ref, order, parts_ref,
     """One block; `_schedule` has the tables, `_scratch` the rest.
 
     Args:
-      q_ref: `[tokens, num_kv_heads, rows, head_dim]`.
+      q_ref: see `_Shape.query_tiles`.
       k_ref, v_ref: `[slots * slot_tokens, columns, head_dim]`.
       order: not used here: to have it makes the read come after the append that returned it.
-      parts_ref, lse_ref: float32 `[segments, rows, head_dim]` and `[segments, rows]`: results over some of the keys, and
-        their log-sum-exp, base 2. What stream `s` finds for pair `p` is in row `p + s`, which no two have in common:
+      parts_ref, lse_ref: `[segments, rows, head_dim]` and `[segments, rows]`: results over some of the keys, and their
+        log-sum-exp, base 2. What stream `s` finds for pair `p` is in row `p + s`, which no two have in common:
         from one piece of work to the next the pair, the stream or both are one higher.
     """
     del order
@@ -329,8 +351,8 @@ def _multiply(
 
     def load_q(pair):
         request, head = lax.div(pair, shape.num_kv_heads), lax.rem(pair, shape.num_kv_heads)
-        token = work.requests[request, 0]
-        plgpu.copy_gmem_to_smem(q_ref.at[token, head], q.at[used], q_ready.at[local])
+        tile = shape.query_tile(work.requests[request, 0], head)
+        plgpu.copy_gmem_to_smem(q_ref.at[tile], q.at[used], q_ready.at[local])
 
     @pl.when(work.num_pairs > 0)
     def _():
@@ -417,46 +439,54 @@ def _valid(sizes: tuple[int, int], axis: int, first, length) -> jax.Array:
 
 def _combine(parts, lse, pairs, q, order, batch: RaggedBatch, shape: _Shape, interpret: bool):
     """Joins what several streams found for a pair. Returns `(out, order)`."""
+    tokens, num_requests = q.shape[0], batch.num_requests
+    at = jnp.where(batch.q_lens > 0, batch.q_starts, tokens)
+    owners = jnp.full(tokens, -1, jnp.int32).at[at].set(jnp.arange(num_requests, dtype=jnp.int32), mode="drop")
     order, out = pl.pallas_call(
         functools.partial(_combine_kernel, shape=shape),
         out_shape=[jax.ShapeDtypeStruct(order.shape, order.dtype), jax.ShapeDtypeStruct(q.shape, q.dtype)],
-        grid=(shape.num_kv_heads, batch.num_requests),
+        grid=(shape.num_kv_heads, tokens),
         input_output_aliases={0: 0},
         compiler_params=triton.CompilerParams(num_warps=4),
         interpret=interpret,
         name="attention_decode_combine",
-    )(order, batch.q_starts, batch.q_lens, pairs, parts, lse)
-    owned = jnp.zeros(q.shape[0], jnp.bool_).at[batch.q_starts].max(batch.q_lens > 0, mode="drop")
-    return jnp.where(owned[:, None, None], out, 0), order
+    )(order, owners, pairs, parts, lse)
+    return out, order
 
 
-def _combine_kernel(_, q_starts, q_lens, pairs, parts, lse, __, out_ref, *, shape: _Shape):
-    head, request = pl.program_id(0), pl.program_id(1)
+def _combine_kernel(_, owners, pairs, parts, lse, __, out_ref, *, shape: _Shape):
+    """The query heads of one token that share a KV head; zeros if no request owns the token."""
+    head, token = pl.program_id(0), pl.program_id(1)
+    owner = owners[token]
+    pair = jnp.maximum(owner, 0) * shape.num_kv_heads + head
+    first = pair + pairs[pair, 0]
+    end = first + jnp.where(owner < 0, 0, pairs[pair, 1])
     rows, dim = jnp.arange(pl.next_power_of_2(shape.group)), jnp.arange(pl.next_power_of_2(shape.head_dim))
-    mask = rows < shape.group
-    tile_mask = mask[:, None] & (dim < shape.head_dim)[None, :]
+    used = rows < shape.group
+    tile_used = used[:, None] & (dim < shape.head_dim)[None, :]
+    own_rows = shape.first_row(head) + rows
+    # As many at a time as registers hold: one after the other, each would wait for memory.
+    chunk = max(1, _COMBINED_ELEMENTS // (rows.size * dim.size))
 
-    @pl.when(q_lens[request] > 0)
-    def _():
-        pair = request * shape.num_kv_heads + head
-        first = pair + pairs[pair, 0]
+    def add(i, state):
+        maximum, total, acc = state
+        segment = first + i * chunk + jnp.arange(chunk)
+        there = (segment < end)[:, None] & used[None, :]
+        part_lse = triton.load(lse.at[segment[:, None], own_rows[None, :]], mask=there, other=-jnp.inf)
+        at = parts.at[segment[:, None, None], own_rows[None, :, None], dim[None, None, :]]
+        mask = there[:, :, None] & tile_used[None, :, :]
+        part = triton.load(at, mask=mask, other=0).astype(jnp.float32)
+        new_maximum = jnp.where(used, jnp.maximum(maximum, part_lse.max(axis=0)), 0)
+        shrink, weights = jnp.exp2(maximum - new_maximum), jnp.exp2(part_lse - new_maximum[None, :])
+        acc = acc * shrink[:, None] + (part * weights[:, :, None]).sum(axis=0)
+        return new_maximum, total * shrink + weights.sum(axis=0), acc
 
-        def add(segment, state):
-            maximum, total, acc = state
-            part_lse = triton.load(lse.at[segment, rows], mask=mask, other=0.0)
-            part = triton.load(parts.at[segment, rows[:, None], dim[None, :]], mask=tile_mask, other=0).astype(
-                jnp.float32
-            )
-            new_maximum = jnp.maximum(maximum, part_lse)
-            shrink, weight = jnp.exp2(maximum - new_maximum), jnp.exp2(part_lse - new_maximum)
-            return new_maximum, total * shrink + weight, acc * shrink[:, None] + part * weight[:, None]
-
-        init = (
-            jnp.full(rows.shape, -jnp.inf, jnp.float32),
-            jnp.zeros(rows.shape, jnp.float32),
-            jnp.zeros((rows.size, dim.size), jnp.float32),
-        )
-        _, total, acc = lax.fori_loop(first, first + pairs[pair, 1], add, init)
-        out = acc / jnp.where(total == 0, 1, total)[:, None]
-        at = out_ref.at[q_starts[request], (head * shape.group + rows)[:, None], dim[None, :]]
-        triton.store(at, out.astype(out_ref.dtype), mask=tile_mask)
+    init = (
+        jnp.full(rows.shape, -jnp.inf, jnp.float32),
+        jnp.zeros(rows.shape, jnp.float32),
+        jnp.zeros((rows.size, dim.size), jnp.float32),
+    )
+    _, total, acc = lax.fori_loop(0, pl.cdiv(end - first, chunk), add, init)
+    out = acc / jnp.where(total == 0, 1, total)[:, None]
+    at = out_ref.at[token, (head * shape.group + rows)[:, None], dim[None, :]]
+    triton.store(at, out.astype(out_ref.dtype), mask=tile_used)
