@@ -8,6 +8,8 @@ behind a request's last token holds NaN everywhere.
 import contextlib
 import dataclasses
 import functools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from compile_helpers import entry_dependencies
 from reference_attention import reference_attention
 
 from jax_vattention import KVCacheManager, KVCacheSpec, LayerGroup, RaggedBatch, attention
-from jax_vattention.attention import implementations
+from jax_vattention.attention import api, implementations
 from jax_vattention.attention.features import Features
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -531,6 +533,27 @@ class TestArguments:
     def test_numbers_that_are_compiled_in_are_not_traced(self, name):
         with pytest.raises(TypeError, match=f"{name} must be a Python number, not a traced value"):
             jax.jit(lambda value: self.run(**{name: value}))(1.0)
+
+    @pytest.fixture
+    def picky(self, monkeypatch):
+        """An implementation that gives 7 and serves no sinks."""
+        module = types.ModuleType("picky")
+        module.run = lambda q, view, order, batch, features, *, scale: (jnp.full_like(q, 7), order)
+        module.refusal = lambda q, view, batch, features: None if features.sinks is None else "sinks"
+        implementation = api._Implementation("picky", ("cpu",))
+        monkeypatch.setitem(sys.modules, f"{api.__package__}.picky", module)
+        monkeypatch.setattr(api, "_IMPLEMENTATIONS", {"picky": implementation, **api._IMPLEMENTATIONS})
+
+    @pytest.mark.usefixtures("picky")
+    def test_an_implementation_that_does_not_serve_the_arguments_is_passed_over(self):
+        sinks = jnp.full(4, -1e30)
+        with jax.default_device(jax.devices("cpu")[0]):
+            for which in (None, ("picky", "reference")):
+                np.testing.assert_array_equal(np.asarray(self.run(implementation=which)), 7)
+                np.testing.assert_allclose(np.asarray(self.run(implementation=which, sinks=sinks)), 1, rtol=1e-6)
+            np.testing.assert_array_equal(np.asarray(self.run(implementation="picky")), 7)
+            with pytest.raises(ValueError, match="'picky' does not serve sinks: pass implementation=None"):
+                self.run(implementation="picky", sinks=sinks)
 
     def test_first_implementation_for_the_platform_is_used(self):
         assert implementations() == ("triton", "reference")

@@ -7,7 +7,7 @@ import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,12 @@ class _Implementation:
 
         run(q, view, order, batch, features, *, scale) -> (out, order)
 
-    with `view` a LayerView, `features` a Features, and lengths that have been cut to what is mapped.
+    with `view` a LayerView, `features` a Features, and lengths that have been cut to what is mapped. If there is
+    something that it does not serve, it also has
+
+        refusal(q, view, batch, features) -> str | None
+
+    which says what, or None if it serves these arguments. It may look at their shapes, dtypes and static fields.
     """
 
     module: str
@@ -39,6 +44,11 @@ class _Implementation:
     def load(self) -> ModuleType:
         """The module; imported when first asked for."""
         return importlib.import_module(f".{self.module}", __package__)
+
+    def refusal(self, *operands: Any) -> str | None:
+        """What of these arguments the implementation does not serve; None if it serves them."""
+        refusal = getattr(self.load(), "refusal", None)
+        return None if refusal is None else refusal(*operands)
 
 
 _IMPLEMENTATIONS = {
@@ -85,15 +95,15 @@ def attention(
         later ones are causal, as in a prefix LM (Raffel et al., arXiv 1910.10683) and PaliGemma (arXiv 2407.07726):
         a query of position `p` sees keys `0..max(p, prefix_len - 1)` of those below `kv_lens`. Append a prefix in
         one step: a query does not see what a later step appends. Not for layers with a window.
-      implementation: a name, or names of which the first is used that serves the platform that the program is
-        lowered for; `None` tries all (`implementations()`).
+      implementation: a name, or names of which the first is used that serves these arguments and the platform that
+        the program is lowered for; `None` tries all (`implementations()`).
 
     Returns:
       The result, shape and dtype of `q` (0 in rows of padding tokens), and the cache with the order token that
       the next append has to take, so that it cannot overwrite what this read still needs.
 
     Raises:
-      ValueError, TypeError: an argument does not fit the cache.
+      ValueError, TypeError: an argument does not fit the cache, or no implementation that was named serves it.
     """
     view = cache.layer_view(layer)
     _check_query(q, view)
@@ -102,7 +112,7 @@ def attention(
     features = Features.checked(soft_cap, sinks, prefix_lens, num_q_heads=q.shape[1], view=view, batch=batch)
     batch = _readable(view, batch)
     features = features.bounded(batch)
-    names = _checked_names(implementation)
+    names = _serving(_checked_names(implementation), q, view, batch, features)
     if q.shape[0] == 0 or batch.num_requests == 0:
         return jnp.zeros_like(q), cache
     out, order = _dispatch(q, view, cache.order, batch, features, scale=scale, names=names)
@@ -119,6 +129,16 @@ def _dispatch(q, view, order, batch, features, *, scale: float, names: tuple[str
     if otherwise is not None and not branches:
         return otherwise(q, view, order, batch, features)
     return lax.platform_dependent(q, view, order, batch, features, **branches, default=otherwise)
+
+
+def _serving(names: tuple[str, ...], *operands: Any) -> tuple[str, ...]:
+    """Those of `names` that serve these arguments; which platform it is for turns out when a program is lowered."""
+    refusals = {name: _IMPLEMENTATIONS[name].refusal(*operands) for name in names}
+    serving = tuple(name for name in names if refusals[name] is None)
+    if not serving:
+        reasons = "; ".join(f"{name!r} does not serve {refusal}" for name, refusal in refusals.items())
+        raise ValueError(f"attention: {reasons}: pass implementation=None, which takes one that does")
+    return serving
 
 
 def _branches(names: tuple[str, ...]) -> tuple[_Implementation | None, dict[str, _Implementation]]:
