@@ -19,9 +19,10 @@ from caches import abstract_cache, plain_cache
 from compile_helpers import entry_dependencies
 from reference_attention import reference_attention
 
-from jax_vattention import KVCacheManager, KVCacheSpec, LayerGroup, RaggedBatch, attention
+from jax_vattention import KVCache, KVCacheManager, KVCacheSpec, LayerGroup, RaggedBatch, attention
 from jax_vattention.attention import api, implementations
 from jax_vattention.attention.features import Features
+from jax_vattention.errors import NotDifferentiableError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
@@ -568,6 +569,75 @@ class TestArguments:
     def test_query_may_have_another_dtype_than_the_cache(self):
         out = self.run(dtype=jnp.bfloat16)
         assert out.dtype == jnp.bfloat16
+
+
+class TestDerivatives:
+    """There are none, and one that is not asked for costs nothing."""
+
+    spec = KVCacheSpec(1, 2, 64, 2, 64, jnp.float32, HOST_PAGE_BYTES)
+    q = jnp.ones((1, 4, 64))
+    batch = make_batch([0], [1], [5])
+
+    def cache(self):
+        return plain_cache(self.spec, {0: np.ones((5, 1, 2, 2, 64), np.float32)})
+
+    def read(self, q, cache, **options):
+        return attention(q, cache, layer=0, batch=self.batch, **options)[0].sum()
+
+    def of_q(self, implementation):
+        cache = self.cache()
+        return lambda x: self.read(x * self.q, cache, implementation=implementation)
+
+    def of_sinks(self, implementation):
+        cache = self.cache()
+        return lambda x: self.read(self.q, cache, sinks=jnp.full(4, x), implementation=implementation)
+
+    def of_view(self, implementation):
+        cache = self.cache()
+
+        def read(x):
+            scaled = KVCache(((x * cache.view,),), cache.mapped, cache.order, self.spec)
+            return self.read(self.q, scaled, implementation=implementation)
+
+        return read
+
+    def of_append(self, implementation):
+        cache = self.cache()
+        at = {"slots": jnp.asarray([0], jnp.int32), "positions": jnp.asarray([4], jnp.int32)}
+
+        def read(x):
+            kv = jnp.full((1, 2, 64), x)
+            return self.read(self.q, cache.append(kv, kv, layer=0, **at), implementation=implementation)
+
+        return read
+
+    @pytest.mark.parametrize("implementation", [None, "reference", "triton"])
+    @pytest.mark.parametrize("what", ["q", "sinks", "view", "append"])
+    @pytest.mark.parametrize("mode", ["grad", "jvp", "grad of jit", "grad of scan"])
+    def test_asking_for_one_raises(self, implementation, what, mode):
+        read = getattr(self, f"of_{what}")(implementation)
+        scanned = lambda x: jax.lax.scan(lambda carry, _: (read(carry), None), x, length=2)[0]  # noqa: E731
+        ask = {
+            "grad": jax.grad(read),
+            "jvp": lambda x: jax.jvp(read, (x,), (x,)),
+            "grad of jit": jax.grad(jax.jit(read)),
+            "grad of scan": jax.grad(scanned),
+        }[mode]
+        with pytest.raises(NotDifferentiableError, match=r"use jax.nn.dot_product_attention for training"):
+            ask(1.0)
+
+    @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+    def test_the_rest_of_a_program_has_its_derivative(self, transform):
+        cache = self.cache()
+        kv = jnp.full((1, 2, 64), 2.0)
+        at = {"slots": jnp.asarray([0], jnp.int32), "positions": jnp.asarray([6], jnp.int32)}
+
+        def loss(x):
+            after = cache.append(jax.lax.stop_gradient(x) * kv, kv, layer=0, **at)
+            return x * self.read(jax.lax.stop_gradient(x) * self.q, after) / self.q.size
+
+        with jax.default_device(jax.devices("cpu")[0]):
+            np.testing.assert_allclose(jax.grad(transform(loss))(3.0), 1, rtol=1e-6)
 
 
 @jax.jit

@@ -15,6 +15,7 @@ from jax import lax
 
 from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
+from jax_vattention.differentiation import not_differentiable
 
 if TYPE_CHECKING:
     from jax_vattention.cache import KVCache, LayerView
@@ -104,6 +105,7 @@ def attention(
 
     Raises:
       ValueError, TypeError: an argument does not fit the cache, or no implementation that was named serves it.
+      NotDifferentiableError: a derivative is asked for.
     """
     view = cache.layer_view(layer)
     _check_query(q, view)
@@ -115,6 +117,7 @@ def attention(
     names = _serving(_checked_names(implementation), q, view, batch, features)
     if q.shape[0] == 0 or batch.num_requests == 0:
         return jnp.zeros_like(q), cache
+    q, view, features = not_differentiable((q, view, features))
     out, order = _dispatch(q, view, cache.order, batch, features, scale=scale, names=names)
     return out, cache.with_order(order)
 
