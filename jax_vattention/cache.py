@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_vattention import ffi
+from jax_vattention.differentiation import not_differentiable
 from jax_vattention.spec import KVCacheSpec
 
 GPU_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
@@ -223,6 +224,7 @@ class KVCache:
 
         Raises:
           ValueError, TypeError: a shape, dtype or layer does not fit the cache.
+          NotDifferentiableError: a derivative with respect to k, v or the cache is asked for.
         """
         at = self.layer_view(layer)
         self._check_kv(k, v, at)
@@ -232,6 +234,7 @@ class KVCache:
         if mask is None:
             mask = jnp.ones(tokens, jnp.bool_)
         _check("mask", mask, (tokens,), jnp.bool_)
+        at, k, v = not_differentiable((at, k, v))
         order = ffi.append(
             *at.views,
             k,

@@ -56,5 +56,9 @@ class DroppedWriteError(VAttentionError):
         self.mapped_len = mapped_len
 
 
+class NotDifferentiableError(VAttentionError, NotImplementedError):
+    """A derivative was asked for through `attention` or `KVCache.append`."""
+
+
 class ClosedError(VAttentionError):
     """The cache manager is closed, or cannot be closed because views of its memory are alive."""

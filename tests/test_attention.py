@@ -6,7 +6,10 @@ behind a request's last token holds NaN everywhere.
 """
 
 import contextlib
+import dataclasses
 import functools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +19,14 @@ from caches import abstract_cache, plain_cache
 from compile_helpers import entry_dependencies
 from reference_attention import reference_attention
 
-from jax_vattention import KVCacheManager, KVCacheSpec, LayerGroup, RaggedBatch, attention
-from jax_vattention.attention import implementations
+from jax_vattention import KVCache, KVCacheManager, KVCacheSpec, LayerGroup, RaggedBatch, attention
+from jax_vattention.attention import api, implementations
+from jax_vattention.attention.features import Features
+from jax_vattention.errors import NotDifferentiableError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
+NONE = Features()
 HOST_PAGE_BYTES = 4096
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
 every_implementation = pytest.mark.parametrize(
@@ -45,19 +51,21 @@ def make_spec(
     return KVCacheSpec(layers, kv_heads, head_dim, num_slots, max_seq_len, dtype, page_bytes, **options)
 
 
-def run_attention(implementation, q, cache, *, layer, batch, scale=None):
+def run_attention(implementation, q, cache, *, layer, batch, scale=None, features=NONE):
     """`attention`, or the Triton kernel in Pallas' interpreter."""
     if implementation != "triton-interpret":
-        return attention(q, cache, layer=layer, batch=batch, scale=scale, implementation=implementation)
+        options = {field.name: getattr(features, field.name) for field in dataclasses.fields(features)}
+        return attention(q, cache, layer=layer, batch=batch, scale=scale, **options, implementation=implementation)
     pallas_triton = pytest.importorskip("jax_vattention.attention.pallas_triton")
     scale = cache.spec.head_dim**-0.5 if scale is None else scale
     view = cache.layer_view(layer)
-    out, order = pallas_triton.run(q, view, cache.order, batch, scale=scale, interpret=True)
+    features = features.bounded(batch)
+    out, order = pallas_triton.run(q, view, cache.order, batch, features, scale=scale, interpret=True)
     return out, cache.with_order(order)
 
 
-def _program(q, cache, layer, batch, *, implementation, scale=None):
-    out, cache = run_attention(implementation, q, cache, layer=layer, batch=batch, scale=scale)
+def _program(q, cache, layer, batch, features=NONE, *, implementation, scale=None):
+    out, cache = run_attention(implementation, q, cache, layer=layer, batch=batch, scale=scale, features=features)
     return out, cache.order
 
 
@@ -116,7 +124,9 @@ def make_batch(slots, q_lens, kv_lens, max_q_len=None):
     return RaggedBatch(*arrays, max_q_len=max(q_lens) if max_q_len is None else max_q_len)
 
 
-def check(implementation, spec, q_heads, requests, *, tokens=None, max_q_len=None, scale=None, layers=(1,)):
+def check(
+    implementation, spec, q_heads, requests, *, tokens=None, max_q_len=None, scale=None, layers=(1,), features=NONE
+):
     """`requests`: (q_len, kv_len) each; kv_len 0 with q_len 0 is an idle row whose slot has nothing mapped."""
     rng = np.random.default_rng(0)
     q_lens, kv_lens = (list(x) for x in zip(*requests, strict=True))
@@ -136,22 +146,32 @@ def check(implementation, spec, q_heads, requests, *, tokens=None, max_q_len=Non
             cache = manager.step({slot: len(kv) for slot, kv in contents.items()})
         for layer in layers:
             run = program if one_array else program_of_layer
-            out, order = run(q, cache, layer, batch, implementation=implementation, scale=scale)
+            out, order = run(q, cache, layer, batch, features, implementation=implementation, scale=scale)
             assert out.shape == q.shape
             assert out.dtype == q.dtype
             np.testing.assert_array_equal(np.asarray(order), 0)
-            compare(np.asarray(out.astype(jnp.float32)), q, contents, slots, q_lens, layer, spec, scale)
+            compare(np.asarray(out.astype(jnp.float32)), q, contents, slots, q_lens, layer, spec, scale, features)
         del cache
 
 
-def compare(out, q, contents, slots, q_lens, layer, spec, scale):
+def compare(out, q, contents, slots, q_lens, layer, spec, scale, features=NONE):
     start = 0
-    for slot, q_len in zip(slots, q_lens, strict=True):
+    prefix_lens = [0] * len(slots) if features.prefix_lens is None else np.asarray(features.prefix_lens)
+    for slot, q_len, prefix_len in zip(slots, q_lens, prefix_lens, strict=True):
         if q_len:
             kv = contents[slot][:, layer]
             mine = slice(start, start + q_len)
             window = spec.kv_groups[spec.places[layer][0]].window
-            expected = reference_attention(q[mine].astype(jnp.float32), kv[:, 0], kv[:, 1], scale=scale, window=window)
+            expected = reference_attention(
+                q[mine].astype(jnp.float32),
+                kv[:, 0],
+                kv[:, 1],
+                scale=scale,
+                window=window,
+                soft_cap=features.soft_cap,
+                sinks=features.sinks,
+                prefix_len=prefix_len,
+            )
             tolerance = TOLERANCE[spec.dtype.name]
             np.testing.assert_allclose(out[mine], expected, atol=tolerance, rtol=tolerance)
         start += q_len
@@ -259,6 +279,67 @@ def test_scale_is_a_factor_of_the_scores(implementation):
     check(implementation, make_spec(implementation), 4, [(1, 50), (1, 3)], scale=0.5)
 
 
+# A prefix below, inside, and longer than the chunk, and longer than what is cached; what follows that is not mapped.
+STEPS = {
+    "decode": [(1, 1), (1, 64), (1, 65), (1, 330), (0, 0), (1, 7)],
+    "mixed": [(30, 130), (0, 0), (65, 65), (1, 1), (150, 300), (70, 70)],
+}
+PREFIX_LENS = {"decode": [1, 0, 64, 400, 3, 7], "mixed": [90, 5, 20, 9, 290, 500]}
+
+
+def make_features(step, *, soft_cap=None, sinks=None, prefix=False):
+    """`sinks`: of the first and the last of 8 heads; the others are in between."""
+    sinks = None if sinks is None else jnp.linspace(*sinks, 8, dtype=jnp.float32)
+    return Features(soft_cap, sinks, jnp.asarray(PREFIX_LENS[step], jnp.int32) if prefix else None)
+
+
+FEATURES = {
+    "cap": {"soft_cap": 0.7},
+    "sinks": {"sinks": (-3, 6)},
+    "prefix": {"prefix": True},
+    "cap, sinks and prefix": {"soft_cap": 2.0, "sinks": (6, -3), "prefix": True},
+}
+
+
+@every_implementation
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("used", FEATURES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_features(implementation, step, used, dtype):
+    spec = make_spec(implementation, head_dim=32, dtype=dtype, layers=1)
+    features = make_features(step, **FEATURES[used])
+    check(implementation, spec, 8, STEPS[step], tokens=320, layers=(0,), scale=0.5, features=features)
+
+
+@every_implementation
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("used", ["cap", "sinks"])
+def test_features_and_windows(implementation, step, used):
+    spec = make_spec(implementation, head_dim=32, layers=4, **VARIANTS["window 50"])
+    features = make_features(step, **FEATURES[used])
+    check(implementation, spec, 8, STEPS[step], tokens=320, layers=(1,), features=features)
+
+
+@every_implementation
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("sinks", [(-1e30, 1e30), (-float("inf"), -100), (100, 0)], ids=str)
+def test_sinks_of_any_size(implementation, step, sinks):
+    """From no weight at all to all of it; nothing overflows on the way."""
+    spec = make_spec(implementation, head_dim=32, layers=1)
+    features = Features(sinks=jnp.asarray([*sinks] * 4, jnp.float32))
+    check(implementation, spec, 8, STEPS[step], tokens=320, layers=(0,), features=features)
+
+
+@every_implementation
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(1, 1), (6, 2), (96, 1)])
+@pytest.mark.parametrize("max_q_len", [1, 20], ids=["decode", "prefill"])
+def test_features_of_grouped_heads(implementation, q_heads, kv_heads, max_q_len):
+    spec = make_spec(implementation, head_dim=32, kv_heads=kv_heads, num_slots=2, max_seq_len=200, layers=1)
+    sinks = jnp.linspace(-2, 4, q_heads, dtype=jnp.float32)
+    features = Features(soft_cap=1.5, sinks=sinks, prefix_lens=jnp.asarray([140, 2], jnp.int32))
+    check(implementation, spec, q_heads, [(max_q_len, 150), (1, 2)], layers=(0,), features=features)
+
+
 @every_implementation
 def test_chunks_equal_one_pass(implementation):
     spec = make_spec(implementation, num_slots=1)
@@ -335,6 +416,19 @@ def test_order_is_a_data_dependency_of_the_compiled_program(max_q_len):
     assert nodes[result][1].intersection(reads), "the order token that is returned does not depend on the read"
 
 
+def test_a_prefix_changes_nothing_in_a_decode_step():
+    """Its query is the last token and sees every key: the program is the same."""
+    spec = make_spec("reference")
+    int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    batch = RaggedBatch(*[int32((6,))] * 4, max_q_len=1)
+    q = jax.ShapeDtypeStruct((6, 4, spec.head_dim), spec.dtype)
+    texts = [
+        program.lower(q, abstract_cache(spec), int32(()), batch, features, implementation="reference").as_text()
+        for features in (NONE, Features(prefix_lens=int32((6,))))
+    ]
+    assert texts[0] == texts[1]
+
+
 @real_memory
 def test_offsets_beyond_32_bits(implementation):
     """The view has more than 2**32 elements, and the last slot is used."""
@@ -398,6 +492,17 @@ class TestArguments:
             ({"layer": -1}, "layer: expected 0 to 1, got -1"),
             ({"implementation": "fast"}, "triton, reference, got 'fast'"),
             ({"implementation": ()}, "empty sequence"),
+            ({"soft_cap": 0}, "soft_cap must be positive and finite, got 0; pass None"),
+            ({"soft_cap": -1.0}, "soft_cap must be positive and finite, got -1.0"),
+            ({"soft_cap": float("inf")}, "soft_cap must be positive and finite, got inf"),
+            ({"soft_cap": float("nan")}, "soft_cap must be positive and finite, got nan"),
+            ({"sinks": jnp.zeros(2)}, r"sinks must be float32\[4\], one for each query head; got float32\[2\]"),
+            ({"sinks": jnp.zeros((1, 4))}, r"sinks must be float32\[4\].* got float32\[1, 4\]"),
+            ({"sinks": jnp.zeros(4, jnp.bfloat16)}, r"got bfloat16\[4\].*astype\('float32'\)"),
+            ({"sinks": [0.0] * 4}, r"sinks must be float32\[4\].* got list\[4\]"),
+            ({"prefix_lens": jnp.zeros(2, jnp.int32)}, r"prefix_lens must be int32\[1\], one for each request"),
+            ({"prefix_lens": jnp.zeros(1)}, r"got float32\[1\].*astype\('int32'\)"),
+            ({"prefix_lens": 3}, r"prefix_lens must be int32\[1\].* got int\[\]"),
         ],
     )
     def test_values_that_do_not_fit(self, options, message):
@@ -415,6 +520,42 @@ class TestArguments:
         with pytest.raises(TypeError, match=message):
             self.run(**options)
 
+    def test_a_prefix_does_not_go_with_a_window(self):
+        spec = dataclasses.replace(self.spec, groups=(LayerGroup((0,)), LayerGroup((1,), window=9)))
+        cache = plain_cache(spec, {0: np.ones((5, 2, 2, 2, 64), np.float32)})
+        options = {"batch": make_batch([0], [1], [5]), "prefix_lens": jnp.asarray([3], jnp.int32)}
+        attention(jnp.ones((1, 4, 64)), cache, layer=0, **options, implementation="reference")
+        with pytest.raises(
+            ValueError, match=r"a window, here of 9 tokens: pass prefix_lens=None .* LayerGroup without"
+        ):
+            attention(jnp.ones((1, 4, 64)), cache, layer=1, **options)
+
+    @pytest.mark.parametrize("name", ["scale", "soft_cap"])
+    def test_numbers_that_are_compiled_in_are_not_traced(self, name):
+        with pytest.raises(TypeError, match=f"{name} must be a Python number, not a traced value"):
+            jax.jit(lambda value: self.run(**{name: value}))(1.0)
+
+    @pytest.fixture
+    def picky(self, monkeypatch):
+        """An implementation that gives 7 and serves no sinks."""
+        module = types.ModuleType("picky")
+        module.run = lambda q, view, order, batch, features, *, scale: (jnp.full_like(q, 7), order)
+        module.refusal = lambda q, view, batch, features: None if features.sinks is None else "sinks"
+        implementation = api._Implementation("picky", ("cpu",))
+        monkeypatch.setitem(sys.modules, f"{api.__package__}.picky", module)
+        monkeypatch.setattr(api, "_IMPLEMENTATIONS", {"picky": implementation, **api._IMPLEMENTATIONS})
+
+    @pytest.mark.usefixtures("picky")
+    def test_an_implementation_that_does_not_serve_the_arguments_is_passed_over(self):
+        sinks = jnp.full(4, -1e30)
+        with jax.default_device(jax.devices("cpu")[0]):
+            for which in (None, ("picky", "reference")):
+                np.testing.assert_array_equal(np.asarray(self.run(implementation=which)), 7)
+                np.testing.assert_allclose(np.asarray(self.run(implementation=which, sinks=sinks)), 1, rtol=1e-6)
+            np.testing.assert_array_equal(np.asarray(self.run(implementation="picky")), 7)
+            with pytest.raises(ValueError, match="'picky' does not serve sinks: pass implementation=None"):
+                self.run(implementation="picky", sinks=sinks)
+
     def test_first_implementation_for_the_platform_is_used(self):
         assert implementations() == ("triton", "reference")
         with jax.default_device(jax.devices("cpu")[0]):
@@ -428,6 +569,75 @@ class TestArguments:
     def test_query_may_have_another_dtype_than_the_cache(self):
         out = self.run(dtype=jnp.bfloat16)
         assert out.dtype == jnp.bfloat16
+
+
+class TestDerivatives:
+    """There are none, and one that is not asked for costs nothing."""
+
+    spec = KVCacheSpec(1, 2, 64, 2, 64, jnp.float32, HOST_PAGE_BYTES)
+    q = jnp.ones((1, 4, 64))
+    batch = make_batch([0], [1], [5])
+
+    def cache(self):
+        return plain_cache(self.spec, {0: np.ones((5, 1, 2, 2, 64), np.float32)})
+
+    def read(self, q, cache, **options):
+        return attention(q, cache, layer=0, batch=self.batch, **options)[0].sum()
+
+    def of_q(self, implementation):
+        cache = self.cache()
+        return lambda x: self.read(x * self.q, cache, implementation=implementation)
+
+    def of_sinks(self, implementation):
+        cache = self.cache()
+        return lambda x: self.read(self.q, cache, sinks=jnp.full(4, x), implementation=implementation)
+
+    def of_view(self, implementation):
+        cache = self.cache()
+
+        def read(x):
+            scaled = KVCache(((x * cache.view,),), cache.mapped, cache.order, self.spec)
+            return self.read(self.q, scaled, implementation=implementation)
+
+        return read
+
+    def of_append(self, implementation):
+        cache = self.cache()
+        at = {"slots": jnp.asarray([0], jnp.int32), "positions": jnp.asarray([4], jnp.int32)}
+
+        def read(x):
+            kv = jnp.full((1, 2, 64), x)
+            return self.read(self.q, cache.append(kv, kv, layer=0, **at), implementation=implementation)
+
+        return read
+
+    @pytest.mark.parametrize("implementation", [None, "reference", "triton"])
+    @pytest.mark.parametrize("what", ["q", "sinks", "view", "append"])
+    @pytest.mark.parametrize("mode", ["grad", "jvp", "grad of jit", "grad of scan"])
+    def test_asking_for_one_raises(self, implementation, what, mode):
+        read = getattr(self, f"of_{what}")(implementation)
+        scanned = lambda x: jax.lax.scan(lambda carry, _: (read(carry), None), x, length=2)[0]  # noqa: E731
+        ask = {
+            "grad": jax.grad(read),
+            "jvp": lambda x: jax.jvp(read, (x,), (x,)),
+            "grad of jit": jax.grad(jax.jit(read)),
+            "grad of scan": jax.grad(scanned),
+        }[mode]
+        with pytest.raises(NotDifferentiableError, match=r"use jax.nn.dot_product_attention for training"):
+            ask(1.0)
+
+    @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+    def test_the_rest_of_a_program_has_its_derivative(self, transform):
+        cache = self.cache()
+        kv = jnp.full((1, 2, 64), 2.0)
+        at = {"slots": jnp.asarray([0], jnp.int32), "positions": jnp.asarray([6], jnp.int32)}
+
+        def loss(x):
+            after = cache.append(jax.lax.stop_gradient(x) * kv, kv, layer=0, **at)
+            return x * self.read(jax.lax.stop_gradient(x) * self.q, after) / self.q.size
+
+        with jax.default_device(jax.devices("cpu")[0]):
+            np.testing.assert_allclose(jax.grad(transform(loss))(3.0), 1, rtol=1e-6)
 
 
 @jax.jit
@@ -493,7 +703,7 @@ def test_lengths_around_page_ends(device, head_dim, dtype, decode):
 
 @real_memory
 @pytest.mark.parametrize("max_q_len", [1, 7])
-def test_no_length_and_no_slot_makes_a_program_fault(implementation, max_q_len):
+def test_no_length_no_slot_and_no_prefix_makes_a_program_fault(implementation, max_q_len):
     spec = make_spec(implementation, layers=32, kv_heads=8)
     with opened_manager(implementation, spec) as manager:
         rng = np.random.default_rng(0)
@@ -504,8 +714,10 @@ def test_no_length_and_no_slot_makes_a_program_fault(implementation, max_q_len):
         kv_lens = [5, 10**6, 2**31 - 1, 9, 9, 9]
         q = jnp.asarray(rng.standard_normal((6 * max_q_len, 8, spec.head_dim)), spec.dtype)
         q_lens = [min(max_q_len, 5), *[max_q_len] * 5]
-        out, order = program(q, cache, 1, make_batch(slots, q_lens, kv_lens), implementation=implementation)
+        features = Features(prefix_lens=jnp.asarray([3, 2**31 - 1, 5, -(2**31), 9, 2**31 - 1], jnp.int32))
+        batch = make_batch(slots, q_lens, kv_lens)
+        out, order = program(q, cache, 1, batch, features, implementation=implementation)
         manager.finish(order)
         out = np.asarray(out)[: q_lens[0]]
-        compare(out, q[: q_lens[0]], {0: good}, [0], q_lens[:1], 1, spec, None)
+        compare(out, q[: q_lens[0]], {0: good}, [0], q_lens[:1], 1, spec, None, Features(prefix_lens=[3]))
         del cache

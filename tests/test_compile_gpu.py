@@ -6,7 +6,7 @@ import pytest
 from caches import abstract_cache
 from compile_helpers import TARGETS, assert_views_not_copied, compile_for, cuda_plugin_installed, instructions
 
-from jax_vattention import KVCacheSpec, RaggedBatch, attention
+from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch, attention
 
 pytestmark = [
     pytest.mark.compile_gpu,
@@ -77,6 +77,10 @@ def compiled(target, program, spec, max_q_len):
     return compile_for(target, PROGRAMS[program], *args)
 
 
+def gpu_kernels(each):
+    return [rest for *_, opcode, rest in instructions(each) if opcode == "custom-call" and "triton" in rest]
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("max_q_len", [1, 512], ids=["decode", "prefill"])
 def test_view_is_not_copied(program, max_q_len):
@@ -96,5 +100,31 @@ def test_kernels_fit_every_gpu(target, max_q_len, dtype, head_dim):
     spec = llama_spec(dtype=dtype, head_dim=head_dim)
     each = compiled(target, "straight", spec, max_q_len)
     assert_views_not_copied(each, spec)
-    kernels = [rest for *_, opcode, rest in instructions(each) if opcode == "custom-call" and "triton" in rest]
-    assert len(kernels) == 2, "the GPU implementation was not chosen"
+    assert len(gpu_kernels(each)) == 2, "the GPU implementation was not chosen"
+
+
+SINKS = jax.ShapeDtypeStruct((Q_HEADS,), jnp.float32)
+WITH_FEATURES = {
+    "all": (KVCacheSpec(2, 8, 128, REQUESTS, 131072), {"sinks": SINKS, "prefix_lens": int32(REQUESTS)}),
+    "cap, sinks and window": (
+        KVCacheSpec(2, 8, 256, REQUESTS, 131072, jnp.float32, groups=(LayerGroup((0,)), LayerGroup((1,), window=4096))),
+        {"sinks": SINKS},
+    ),
+}
+
+
+def capped(q, cache, batch, arrays):
+    for layer in (0, 1):
+        q, cache = attention(q, cache, layer=layer, batch=batch, soft_cap=30.0, **arrays)
+    return q, cache.order
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("max_q_len", [1, 512], ids=["decode", "prefill"])
+@pytest.mark.parametrize("features", WITH_FEATURES)
+def test_features_fit_every_gpu(target, max_q_len, features):
+    spec, arrays = WITH_FEATURES[features]
+    args = (abstract_q(spec, max_q_len), abstract_cache(spec), abstract_batch(max_q_len), arrays)
+    each = compile_for(target, capped, *args)
+    assert_views_not_copied(each, spec)
+    assert len(gpu_kernels(each)) == 2, "the GPU implementation was not chosen"

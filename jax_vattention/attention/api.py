@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
+from jax_vattention.differentiation import not_differentiable
 
 if TYPE_CHECKING:
     from jax_vattention.cache import KVCache, LayerView
@@ -22,14 +25,31 @@ _DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class _Implementation:
-    """Where an implementation lives and the platforms that it can be lowered for; `None` stands for all."""
+    """Where an implementation lives and the platforms that it can be lowered for; `None` stands for all.
+
+    Its module has
+
+        run(q, view, order, batch, features, *, scale) -> (out, order)
+
+    with `view` a LayerView, `features` a Features, and lengths that have been cut to what is mapped. If there is
+    something that it does not serve, it also has
+
+        refusal(q, view, batch, features) -> str | None
+
+    which says what, or None if it serves these arguments. It may look at their shapes, dtypes and static fields.
+    """
 
     module: str
     platforms: tuple[str, ...] | None
 
-    def load(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        """`run(q, view, order, batch, *, scale) -> (out, order)`, `view` a LayerView; imported when first asked for."""
-        return importlib.import_module(f".{self.module}", __package__).run
+    def load(self) -> ModuleType:
+        """The module; imported when first asked for."""
+        return importlib.import_module(f".{self.module}", __package__)
+
+    def refusal(self, *operands: Any) -> str | None:
+        """What of these arguments the implementation does not serve; None if it serves them."""
+        refusal = getattr(self.load(), "refusal", None)
+        return None if refusal is None else refusal(*operands)
 
 
 _IMPLEMENTATIONS = {
@@ -50,6 +70,9 @@ def attention(
     layer: int | jax.Array,
     batch: RaggedBatch,
     scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    prefix_lens: jax.Array | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Causal attention of this step's queries over the cached K and V of their requests.
@@ -64,37 +87,61 @@ def attention(
       layer: which layer's K and V; an int, or an int32 scalar if the cache is one array.
       batch: which tokens belong to which request.
       scale: factor of the scores; `head_dim ** -0.5` if not given.
-      implementation: a name, or names of which the first is used that serves the platform that the program is
-        lowered for; `None` tries all (`implementations()`).
+      soft_cap: bound of the scores: once scaled they become `soft_cap * tanh(scores / soft_cap)`, as in Gemma 2
+        (arXiv 2408.00118).
+      sinks: float32 `[num_q_heads]`: each query's softmax has `exp(sink)` of its head as one more term of the
+        denominator, which has no value, so the weights of the keys sum to less than 1, as in GPT-OSS (arXiv
+        2508.10925; Xiao et al., arXiv 2309.17453). Neither scale nor soft_cap apply to it.
+      prefix_lens: int32 `[num_requests]`: the first so many tokens of a request see each other in both directions,
+        later ones are causal, as in a prefix LM (Raffel et al., arXiv 1910.10683) and PaliGemma (arXiv 2407.07726):
+        a query of position `p` sees keys `0..max(p, prefix_len - 1)` of those below `kv_lens`. Append a prefix in
+        one step: a query does not see what a later step appends. Not for layers with a window.
+      implementation: a name, or names of which the first is used that serves these arguments and the platform that
+        the program is lowered for; `None` tries all (`implementations()`).
 
     Returns:
       The result, shape and dtype of `q` (0 in rows of padding tokens), and the cache with the order token that
       the next append has to take, so that it cannot overwrite what this read still needs.
 
     Raises:
-      ValueError, TypeError: an argument does not fit the cache.
+      ValueError, TypeError: an argument does not fit the cache, or no implementation that was named serves it.
+      NotDifferentiableError: a derivative is asked for.
     """
     view = cache.layer_view(layer)
     _check_query(q, view)
     _check_batch(batch)
-    names = _checked_names(implementation)
     scale = view.head_dim**-0.5 if scale is None else _checked_scale(scale)
+    features = Features.checked(soft_cap, sinks, prefix_lens, num_q_heads=q.shape[1], view=view, batch=batch)
+    batch = _readable(view, batch)
+    features = features.bounded(batch)
+    names = _serving(_checked_names(implementation), q, view, batch, features)
     if q.shape[0] == 0 or batch.num_requests == 0:
         return jnp.zeros_like(q), cache
-    out, order = _dispatch(q, view, cache.order, _readable(view, batch), scale=scale, names=names)
+    q, view, features = not_differentiable((q, view, features))
+    out, order = _dispatch(q, view, cache.order, batch, features, scale=scale, names=names)
     return out, cache.with_order(order)
 
 
 # A jit of its own: the platform is resolved when the program is lowered, also for eager calls, and the kernels
 # are traced once per shape and not once per layer.
 @functools.partial(jax.jit, static_argnames=("scale", "names"))
-def _dispatch(q, view, order, batch, *, scale: float, names: tuple[str, ...]):
+def _dispatch(q, view, order, batch, features, *, scale: float, names: tuple[str, ...]):
     default, per_platform = _branches(names)
-    branches = {name: functools.partial(found.load(), scale=scale) for name, found in per_platform.items()}
-    otherwise = None if default is None else functools.partial(default.load(), scale=scale)
+    branches = {name: functools.partial(found.load().run, scale=scale) for name, found in per_platform.items()}
+    otherwise = None if default is None else functools.partial(default.load().run, scale=scale)
     if otherwise is not None and not branches:
-        return otherwise(q, view, order, batch)
-    return lax.platform_dependent(q, view, order, batch, **branches, default=otherwise)
+        return otherwise(q, view, order, batch, features)
+    return lax.platform_dependent(q, view, order, batch, features, **branches, default=otherwise)
+
+
+def _serving(names: tuple[str, ...], *operands: Any) -> tuple[str, ...]:
+    """Those of `names` that serve these arguments; which platform it is for turns out when a program is lowered."""
+    refusals = {name: _IMPLEMENTATIONS[name].refusal(*operands) for name in names}
+    serving = tuple(name for name in names if refusals[name] is None)
+    if not serving:
+        reasons = "; ".join(f"{name!r} does not serve {refusal}" for name, refusal in refusals.items())
+        raise ValueError(f"attention: {reasons}: pass implementation=None, which takes one that does")
+    return serving
 
 
 def _branches(names: tuple[str, ...]) -> tuple[_Implementation | None, dict[str, _Implementation]]:

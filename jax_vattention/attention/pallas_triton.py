@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
@@ -84,6 +85,7 @@ def run(
     view: LayerView,
     order: jax.Array,
     batch: RaggedBatch,
+    features: Features,
     *,
     scale: float,
     interpret: bool = False,
@@ -101,11 +103,10 @@ def run(
     firsts = () if view.window is None else (view.mapped[0],)
     scalars = (batch.slots, batch.q_starts, batch.q_lens, batch.kv_lens, view.layer.reshape(1), *firsts)
     views = (view.k,) if view.v is None else (view.k, view.v)
-    kernel = functools.partial(
-        _kernel, num_scalars=len(scalars), num_views=len(views), tiling=tiling, scale=scale, window=view.window
-    )
+    # Splits do not know of sinks: the combination adds them.
+    in_kernel = features if tiling.splits == 1 else dataclasses.replace(features, sinks=None)
     order_out, *results = pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, tiling=tiling, scale=scale, window=view.window),
         out_shape=[jax.ShapeDtypeStruct(order.shape, order.dtype), *results],
         grid=(tiling.row_tiles * tiling.splits, view.num_kv_heads, batch.num_requests),
         # The order token passes through, so that the read comes after one append and before the next.
@@ -113,8 +114,8 @@ def run(
         compiler_params=plgpu.CompilerParams(num_warps=tiling.num_warps, num_stages=tiling.num_stages),
         interpret=interpret,
         name="attention_decode" if batch.max_q_len == 1 else "attention_prefill",
-    )(order, *scalars, q, *views)
-    out = results[0] if tiling.splits == 1 else _combine(*results)
+    )(order, scalars, q, views, in_kernel)
+    out = results[0] if tiling.splits == 1 else _combine(*results, sinks=features.sinks)
     # No program writes the rows of padding tokens: what they hold is not initialised.
     return jnp.where(_owned(batch, tokens)[:, None, None], out, 0).astype(q.dtype), order_out
 
@@ -145,24 +146,39 @@ class _Keys:
         """The first key that a query sees."""
         return 0 if self.window is None else jnp.maximum(position - self.window + 1, self.first)
 
-    def visible(self, positions: jax.Array, tokens: jax.Array) -> jax.Array:
+    def visible(self, last: jax.Array, tokens: jax.Array) -> jax.Array:
         """bool `[queries, keys]`."""
-        seen = tokens[None, :] <= positions[:, None]
-        return seen if self.window is None else seen & (tokens[None, :] > positions[:, None] - self.window)
+        seen = tokens[None, :] <= last[:, None]
+        return seen if self.window is None else seen & (tokens[None, :] > last[:, None] - self.window)
 
 
-def _kernel(*refs, num_scalars: int, num_views: int, tiling: _Tiling, scale: float, window: int | None):
+def _kernel(
+    _order_ref,
+    scalars,
+    q_ref,
+    views,
+    features,
+    _order_out_ref,
+    out_ref,
+    *lse_refs,
+    tiling: _Tiling,
+    scale: float,
+    window: int | None,
+):
     """One tile of rows of one request and one KV head against one split of the keys.
 
     Args:
-      refs: order `[4]`; slots, q_starts, q_lens, kv_lens `[requests]`, layer `[1]` and, with a window, the first token
-        of each slot with memory behind it `[num_slots]`; q `[tokens, num_q_heads, head_dim]`; the views as `_Keys` has
-        them; then the results: order (aliased), out `[tokens, num_q_heads, head_dim]`, or with split keys a partial
-        result per split in front, and their log-sum-exp, base 2, `[splits, tokens, num_q_heads]`.
+      _order_ref, _order_out_ref: `[4]`, the same memory.
+      scalars: refs of slots, q_starts, q_lens, kv_lens `[requests]`, layer `[1]` and, with a window, the first token of
+        each slot with memory behind it `[num_slots]`.
+      q_ref: `[tokens, num_q_heads, head_dim]`.
+      views: refs as `_Keys` has them.
+      features: Features with refs in place of arrays.
+      out_ref: `[tokens, num_q_heads, head_dim]`; with split keys a partial result per split in front.
+      lse_refs: with split keys their log-sum-exp, base 2, `[splits, tokens, num_q_heads]`.
+      tiling, scale, window: static.
     """
-    scalars, (q_ref, *others) = refs[1 : 1 + num_scalars], refs[1 + num_scalars :]
     slots_ref, q_starts_ref, q_lens_ref, kv_lens_ref, layer_ref, *first_ref = scalars
-    views, (out_ref, *lse_refs) = others[:num_views], others[num_views + 1 :]  # the order token is aliased
     row_tile, split = pl.program_id(0) // tiling.splits, pl.program_id(0) % tiling.splits
     kv_head, request = pl.program_id(1), pl.program_id(2)
     q_len = q_lens_ref[request]
@@ -175,7 +191,7 @@ def _kernel(*refs, num_scalars: int, num_views: int, tiling: _Tiling, scale: flo
         head = kv_head * tiling.group + rows % tiling.group
         owned = query < q_len
         token = q_starts_ref[request] + query
-        position = kv_lens_ref[request] - q_len + query
+        last_key = kv_lens_ref[request] - q_len + query
 
         dim = jnp.arange(tiling.padded_dim, dtype=jnp.int32)[None, :]
         row_mask = owned[:, None] & (dim < tiling.head_dim)
@@ -185,8 +201,14 @@ def _kernel(*refs, num_scalars: int, num_views: int, tiling: _Tiling, scale: flo
         keys = _Keys(views, slot, layer_ref[0], kv_head, window, first_ref[0][slot] if first_ref else 0)
         offset = kv_lens_ref[request] - q_len
         last_query = jnp.minimum(q_len - 1, (first_row + tiling.rows - 1) // tiling.group)
-        bounds = keys.begin(offset + first_row // tiling.group), offset + last_query + 1
-        maximum, total, acc = _attend(q, position, keys, bounds, split, tiling, scale)
+        begin, end = keys.begin(offset + first_row // tiling.group), offset + last_query + 1
+        if features.prefix_lens is not None:
+            prefix_len = features.prefix_lens[request]
+            last_key, end = jnp.maximum(last_key, prefix_len - 1), jnp.maximum(end, prefix_len)
+        maximum, total, acc = _attend(q, last_key, keys, (begin, end), split, tiling, scale, features.soft_cap)
+        if features.sinks is not None:
+            sinks = plgpu.load(features.sinks.at[head])
+            total = total + jnp.exp2(sinks * _LOG2_E - maximum)
         # A split without keys has total 0: its log-sum-exp is -inf, and the combination skips it.
         acc = acc / jnp.where(total == 0, 1, total)[:, None]
         if not lse_refs:
@@ -197,8 +219,10 @@ def _kernel(*refs, num_scalars: int, num_views: int, tiling: _Tiling, scale: flo
         plgpu.store(out_at, acc.astype(out_ref.dtype), mask=row_mask)
 
 
-def _attend(q, position, keys: _Keys, bounds, split, tiling: _Tiling, scale: float):
+def _attend(q, last_key, keys: _Keys, bounds, split, tiling: _Tiling, scale: float, soft_cap: float | None):
     """Online softmax, base 2, of `q` `[rows, padded_dim]` over its split of the keys `bounds[0] .. bounds[1] - 1`.
+
+    A row sees the keys up to `last_key` `[rows]`, or those of its window.
 
     Returns `(maximum [rows], total [rows], acc [rows, padded_dim])` in float32.
     """
@@ -217,13 +241,18 @@ def _attend(q, position, keys: _Keys, bounds, split, tiling: _Tiling, scale: flo
             a, b, (((1,), (b_dim,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
         )
 
+    def scored(products):
+        if soft_cap is None:
+            return products * (scale * _LOG2_E)
+        return jnp.tanh(products * (scale / soft_cap)) * (soft_cap * _LOG2_E)
+
     def step(block, state):
         maximum, total, acc = state
         tokens = block * block_k + jnp.arange(block_k, dtype=jnp.int32)
         read = tokens < bounds[1] if keys.window is None else (tokens < bounds[1]) & (tokens >= bounds[0])
         mask = read[:, None] & (dim < tiling.head_dim)
-        scores = product(q, load(0, tokens, mask), 1) * (scale * _LOG2_E)
-        scores = jnp.where(keys.visible(position, tokens) & read, scores, -jnp.inf)
+        scores = scored(product(q, load(0, tokens, mask), 1))
+        scores = jnp.where(keys.visible(last_key, tokens) & read, scores, -jnp.inf)
         new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=1))
         # With a window a row may see nothing of the first tiles: its maximum is -inf until it does.
         base = new_maximum if keys.window is None else jnp.where(new_maximum == -jnp.inf, 0, new_maximum)
@@ -247,11 +276,14 @@ def _attend(q, position, keys: _Keys, bounds, split, tiling: _Tiling, scale: flo
     return lax.fori_loop(first, jnp.minimum(first + split_blocks, end), step, init)
 
 
-def _combine(parts: jax.Array, lse: jax.Array) -> jax.Array:
+def _combine(parts: jax.Array, lse: jax.Array, *, sinks: jax.Array | None) -> jax.Array:
     """Joins the splits: `parts` `[splits, tokens, heads, dim]`, their log-sum-exp base 2 `[splits, tokens, heads]`."""
-    weights = jnp.exp2(lse - lse.max(0))
-    weights = weights / weights.sum(0)
-    return jnp.sum(parts * weights[..., None], axis=0)
+    maximum = lse.max(0)
+    weights = jnp.exp2(lse - maximum)
+    total = weights.sum(0)
+    if sinks is not None:
+        total = total + jnp.exp2(sinks * _LOG2_E - maximum)
+    return jnp.sum(parts * (weights / total)[..., None], axis=0)
 
 
 def _owned(batch: RaggedBatch, tokens: int) -> jax.Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_vattention import ffi
+from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
@@ -49,18 +50,18 @@ class _Keys:
         """Keys of a tile."""
         return min(_BLOCK_K, self.view.k.shape[1])
 
-    def blocks(self, positions: jax.Array) -> tuple[jax.Array | int, jax.Array]:
-        """The first tile that queries at ascending `positions` see, and one past the last."""
-        end = positions[-1] // self.block_k + 1
+    def blocks(self, last: jax.Array) -> tuple[jax.Array | int, jax.Array]:
+        """The first tile that queries with ascending `last` keys see, and one past the last."""
+        end = last[-1] // self.block_k + 1
         if self.view.window is None:
             return 0, end
-        return jnp.maximum(positions[0] - self.view.window + 1, 0) // self.block_k, end
+        return jnp.maximum(last[0] - self.view.window + 1, 0) // self.block_k, end
 
-    def visible(self, positions: jax.Array, key_positions: jax.Array) -> jax.Array:
+    def visible(self, last: jax.Array, key_positions: jax.Array) -> jax.Array:
         """bool `[queries, keys]`."""
-        seen = key_positions[None, :] <= positions[:, None]
+        seen = key_positions[None, :] <= last[:, None]
         if self.view.window is not None:
-            seen &= key_positions[None, :] > positions[:, None] - self.view.window
+            seen &= key_positions[None, :] > last[:, None] - self.view.window
             seen &= key_positions[None, :] >= self.view.mapped[0, self.slot]
         return seen
 
@@ -100,7 +101,7 @@ def _tile_by_gather(view: LayerView, order, slot, kv_len, positions):
 
 
 def run(
-    q: jax.Array, view: LayerView, order: jax.Array, batch: RaggedBatch, *, scale: float
+    q: jax.Array, view: LayerView, order: jax.Array, batch: RaggedBatch, features: Features, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`."""
     tokens, num_q_heads, head_dim = q.shape
@@ -109,6 +110,7 @@ def run(
     grouped = q.reshape(tokens, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
     # A tile behind the last token: dynamic_slice would otherwise move a tile that reaches past the end.
     grouped = jnp.pad(grouped, ((0, block_q), (0, 0), (0, 0), (0, 0)))
+    sinks = None if features.sinks is None else features.sinks.reshape(num_kv_heads, -1, 1)
 
     def request(r, carry):
         keys = _Keys(view, order, batch.slots[r], batch.kv_lens[r])
@@ -119,10 +121,13 @@ def run(
             at = q_start + i * block_q
             rows = jnp.arange(block_q, dtype=jnp.int32) + i * block_q
             q_tile = lax.dynamic_slice_in_dim(grouped, at, block_q).astype(jnp.float32) * scale
-            positions = keys.kv_len - q_len + jnp.minimum(rows, q_len - 1)
-            state = _attend(q_tile, keys, positions)
+            last = keys.kv_len - q_len + jnp.minimum(rows, q_len - 1)
+            if features.prefix_lens is not None:
+                last = jnp.maximum(last, features.prefix_lens[r] - 1)
+            state = _attend(q_tile, keys, last, features.soft_cap)
+            total = state.total if sinks is None else state.total + jnp.exp(sinks - state.maximum)
             old = lax.dynamic_slice_in_dim(out, at, block_q)
-            new = jnp.moveaxis(state.acc / state.total[..., None], 2, 0).astype(q.dtype)
+            new = jnp.moveaxis(state.acc / total[..., None], 2, 0).astype(q.dtype)
             new = jnp.where((rows < q_len)[:, None, None, None], new, old)
             out = lax.dynamic_update_slice_in_dim(out, new, at, 0)
             return out, negatives + jnp.any(state.total < 0).astype(jnp.int32)
@@ -136,15 +141,22 @@ def run(
     return out[:tokens].reshape(q.shape), order + negatives
 
 
-def _attend(q: jax.Array, keys: _Keys, positions: jax.Array) -> _Softmax:
-    """`q` float32 `[block_q, num_kv_heads, group, head_dim]`, scaled; `positions` int32 `[block_q]`, ascending."""
+def _attend(q: jax.Array, keys: _Keys, last: jax.Array, soft_cap: float | None) -> _Softmax:
+    """One tile of queries, over all keys that they see.
+
+    Args:
+      q: float32 `[block_q, num_kv_heads, group, head_dim]`, scaled.
+      keys: of the request.
+      last: int32 `[block_q]`, ascending: the last key that each query sees.
+      soft_cap: bound of the scores, or None.
+    """
     block_q, num_kv_heads, group, head_dim = q.shape
     merged = block_q == 1 and num_kv_heads <= _MAX_MERGED_KV_HEADS
     score, weigh = (_merged_scores, _merged_sum) if merged else (_scores, _weighted_sum)
 
     def step(block, state: _Softmax) -> _Softmax:
         k, v, key_positions = keys.tile(block)
-        scores = jnp.where(keys.visible(positions, key_positions), score(q, k), -jnp.inf)
+        scores = jnp.where(keys.visible(last, key_positions), _capped(score(q, k), soft_cap), -jnp.inf)
         maximum = jnp.maximum(state.maximum, scores.max(-1))
         # With a window a query may see nothing of the first tiles: its maximum is -inf until it does.
         base = maximum if keys.view.window is None else jnp.where(maximum == -jnp.inf, 0, maximum)
@@ -156,7 +168,11 @@ def _attend(q: jax.Array, keys: _Keys, positions: jax.Array) -> _Softmax:
     shape = (num_kv_heads, group, block_q)
     init = _Softmax(jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
     # Every query sees a key, itself if no other: no maximum stays -inf. Without a window the first tile has one, key 0.
-    return lax.fori_loop(*keys.blocks(positions), step, init)
+    return lax.fori_loop(*keys.blocks(last), step, init)
+
+
+def _capped(scores: jax.Array, soft_cap: float | None) -> jax.Array:
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
