@@ -53,6 +53,7 @@ class _Implementation:
 
 
 _IMPLEMENTATIONS = {
+    "mosaic": _Implementation("pallas_mosaic", ("cuda",)),
     "triton": _Implementation("pallas_triton", ("cuda",)),
     "reference": _Implementation("reference", None),
 }

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import triton as triton
 
+from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 from jax_vattention.spec import KV_TAIL_TOKENS
@@ -56,6 +58,9 @@ class Tiling:
     blocks: int = _BLOCKS
 
 
+_TILING = Tiling()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Shape:
     """Static sizes of a kernel."""
@@ -65,6 +70,7 @@ class _Shape:
     head_dim: int
     tiling: Tiling
     scale: float
+    soft_cap: float | None
     column_stride: int
     """Columns of a token's row in a view from one layer to the next: a column is one head of K or of V."""
     v_column: int
@@ -101,23 +107,58 @@ class _Shape:
         return self.tiling.blocks * _STREAMS
 
 
+def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
+    """What it does not serve of these arguments; None if it serves them."""
+    del features  # all of them
+    group, head_dim = q.shape[1] // view.num_kv_heads, q.shape[2]
+    slots, slot_tokens = view.k.shape[:2]
+    for refused, what in (
+        (jax.__version_info__ < (0, 11), f"jax {jax.__version__}, which is older than 0.11"),
+        (target() != "9.0", "GPUs other than Hopper (compute capability 9.0)"),
+        (batch.max_q_len != 1, "requests of several queries"),
+        (view.window is not None, "windows"),
+        (q.dtype != view.k.dtype or q.dtype not in (jnp.bfloat16, jnp.float16), "types but bfloat16 and float16"),
+        (head_dim not in (64, 128), f"head_dim {head_dim}"),
+        (group > _ROWS, f"{group} query heads for a KV head"),
+        (slot_tokens % _BOX, f"slots of {slot_tokens} tokens"),
+        (slots * slot_tokens >= 2**31, f"{slots} slots of {slot_tokens} tokens"),
+    ):
+        if refused:
+            return what
+    return None
+
+
+def target() -> str | None:
+    """Compute capability of the GPU that a program is traced for; None if there is none."""
+    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if described is not None:
+        return "9.0" if re.search(r"\b(H100|H200|GH200)\b", described.device_kind) else described.device_kind
+    try:
+        return jax.devices("cuda")[0].compute_capability
+    except RuntimeError:
+        return None
+
+
 def run(
     q: jax.Array,
     view: LayerView,
     order: jax.Array,
     batch: RaggedBatch,
+    features: Features,
     *,
     scale: float,
-    tiling: Tiling = Tiling(),
+    tiling: Tiling = _TILING,
     interpret: Any = False,
     interpret_combine: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `attention`; returns `(out, order)`. Decode only: `batch.max_q_len` is 1."""
+    """See `attention`; returns `(out, order)`."""
     num_kv_heads = view.num_kv_heads
     group, head_dim = q.shape[1] // num_kv_heads, q.shape[2]
     interleaved = view.v is None
     columns = 2 * num_kv_heads if interleaved else 0
-    shape = _Shape(num_kv_heads, group, head_dim, tiling, scale, columns, num_kv_heads if interleaved else 0)
+    shape = _Shape(
+        num_kv_heads, group, head_dim, tiling, scale, features.soft_cap, columns, num_kv_heads if interleaved else 0
+    )
     slot_tokens = view.k.shape[1]
     # Rows of tokens, and in each a column for every head: a view of the same memory.
     k, v = (each.reshape(view.k.shape[0] * slot_tokens, -1, head_dim) for each in view.views)
@@ -138,7 +179,7 @@ def run(
         interpret=interpret,
         kernel_name="attention_decode",
     )(shape.query_tiles(q), k, v, requests, streams, view.layer.reshape(1), order)
-    return _combine(parts, lse, pairs, q, order, batch, shape, interpret_combine)
+    return _combine(parts, lse, pairs, q, order, batch, features, shape, interpret_combine)
 
 
 def _schedule(
@@ -375,7 +416,10 @@ def _multiply(
 
             qk = pl.run_scoped(scores, plgpu.ACC((_ROWS, block_k), jnp.float32))
             plgpu.barrier_arrive(k_free.at[barrier])
-            qk = qk * (shape.scale * _LOG2_E)
+            if shape.soft_cap is None:
+                qk = qk * (shape.scale * _LOG2_E)
+            else:
+                qk = jnp.tanh(qk * (shape.scale / shape.soft_cap)) * (shape.soft_cap * _LOG2_E)
             if tail:
                 qk = jnp.where(_valid((_ROWS, block_k), 1, tile * block_k, length), qk, -jnp.inf)
             new_maximum = jnp.maximum(maximum, qk.max(axis=1))
@@ -437,7 +481,7 @@ def _valid(sizes: tuple[int, int], axis: int, first, length) -> jax.Array:
     return first + at < length
 
 
-def _combine(parts, lse, pairs, q, order, batch: RaggedBatch, shape: _Shape, interpret: bool):
+def _combine(parts, lse, pairs, q, order, batch: RaggedBatch, features: Features, shape: _Shape, interpret: bool):
     """Joins what several streams found for a pair. Returns `(out, order)`."""
     tokens, num_requests = q.shape[0], batch.num_requests
     at = jnp.where(batch.q_lens > 0, batch.q_starts, tokens)
@@ -450,11 +494,11 @@ def _combine(parts, lse, pairs, q, order, batch: RaggedBatch, shape: _Shape, int
         compiler_params=triton.CompilerParams(num_warps=4),
         interpret=interpret,
         name="attention_decode_combine",
-    )(order, owners, pairs, parts, lse)
+    )(order, owners, pairs, parts, lse, features.sinks)
     return out, order
 
 
-def _combine_kernel(_, owners, pairs, parts, lse, __, out_ref, *, shape: _Shape):
+def _combine_kernel(_, owners, pairs, parts, lse, sinks, __, out_ref, *, shape: _Shape):
     """The query heads of one token that share a KV head; zeros if no request owns the token."""
     head, token = pl.program_id(0), pl.program_id(1)
     owner = owners[token]
@@ -486,7 +530,10 @@ def _combine_kernel(_, owners, pairs, parts, lse, __, out_ref, *, shape: _Shape)
         jnp.zeros(rows.shape, jnp.float32),
         jnp.zeros((rows.size, dim.size), jnp.float32),
     )
-    _, total, acc = lax.fori_loop(0, pl.cdiv(end - first, chunk), add, init)
+    maximum, total, acc = lax.fori_loop(0, pl.cdiv(end - first, chunk), add, init)
+    if sinks is not None:
+        sink = triton.load(sinks.at[head * shape.group + rows], mask=used, other=0)
+        total += jnp.exp2(sink * _LOG2_E - maximum)
     out = acc / jnp.where(total == 0, 1, total)[:, None]
     at = out_ref.at[token, (head * shape.group + rows)[:, None], dim[None, :]]
     triton.store(at, out.astype(out_ref.dtype), mask=tile_used)
