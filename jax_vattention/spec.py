@@ -112,13 +112,15 @@ class KVGroup:
 
     def pages_for(self, tokens: int) -> int:
         """Pages of a plane that a slot of `tokens` tokens reaches, counted from its start."""
-        reach = -(-tokens // KV_TAIL_TOKENS) * KV_TAIL_TOKENS
+        reach = min(-(-tokens // KV_TAIL_TOKENS) * KV_TAIL_TOKENS, self.slot_tokens)
         return -(-reach * self.token_bytes // self.page_bytes)
 
     def tokens_in(self, pages: int) -> int:
         """Whole tokens in the first `pages` pages of a slot; at most `max_seq_len`."""
         tokens = pages * self.page_bytes // self.token_bytes
-        return min(tokens // KV_TAIL_TOKENS * KV_TAIL_TOKENS, self.max_seq_len)
+        if pages < self.slot_pages:
+            tokens = tokens // KV_TAIL_TOKENS * KV_TAIL_TOKENS
+        return min(tokens, self.max_seq_len)
 
     def pages_before(self, token: int) -> int:
         """Pages of a slot that hold nothing of `token` and of what follows it."""

@@ -142,7 +142,7 @@ def test_a_traced_layer_cannot_choose_one_of_several_arrays(device, page_bytes, 
 
 def test_writes_behind_a_window_are_dropped_and_reported(device, page_bytes, strict):
     spec = KVCacheSpec(LAYERS, HEADS, 64, 3, 2000, jnp.float32, page_bytes, groups=GROUPS)
-    page = spec.kv_groups[0].tokens_in(1)
+    page = page_bytes // spec.kv_groups[0].token_bytes
     with KVCacheManager(spec, pool_bytes=1000 * page_bytes, device=device, strict=strict) as manager:
         slot = manager.allocate()
         length = min(4 * page + 30, 2000)

@@ -1,0 +1,131 @@
+"""The Hopper kernel, in Pallas' interpreter and on the GPU, by the cases and the reference of test_attention.py."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_attention as suite
+from caches import plain_cache
+from reference_attention import reference_attention
+
+from jax_vattention import KVCacheSpec, attention
+from jax_vattention.attention import pallas_mosaic
+from jax_vattention.attention.features import Features
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+
+@functools.cache
+def interpreter():
+    try:
+        from mosaic_interpreter import interpreter
+
+        return interpreter()
+    except (ImportError, AttributeError) as error:
+        pytest.skip(f"jax {jax.__version__} cannot interpret the kernel: {error}")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options"),
+    [
+        ([64], {}),
+        ([100, 7], {"head_dim": 128}),
+        ([130, 1, 64, 63, 300], {"blocks": 1}),
+        ([0, 33, 0, 600, 0, 5], {"blocks": 3}),
+        ([257, 64], {"layout": "layer_major", "group": 8}),
+        ([70, 200], {"group": 1, "dtype": "float16"}),
+        ([70, 200], {"group": 12, "kv_heads": 1}),
+        ([70, 9], {"group": 3, "soft_cap": 2.0, "sinks": True}),
+        ([0, 0], {}),
+    ],
+    ids=str,
+)
+def test_in_the_interpreter(lengths, options):
+    options = {"head_dim": 64, "kv_heads": 2, "group": 4, "blocks": 2, "dtype": "bfloat16"} | options
+    params = interpreter()
+    requests, heads, group, dim = len(lengths), options["kv_heads"], options["group"], options["head_dim"]
+    layout = options.get("layout", "token_major")
+    spec = KVCacheSpec(2, heads, dim, requests + 1, 704, options["dtype"], 4096, layout=layout)
+    rng = np.random.default_rng(0)
+    # What no token was written to is NaN.
+    contents = {slot: suite.random_kv(rng, spec, length) for slot, length in enumerate(lengths) if length}
+    cache = plain_cache(spec, contents)
+    q = jnp.asarray(rng.standard_normal((requests + 2, heads * group, dim)), spec.dtype)
+    batch = suite.make_batch(range(requests), [min(length, 1) for length in lengths], lengths, max_q_len=1)
+    batch = jax.tree.map(lambda x: x, batch)
+    sinks = jnp.asarray(rng.standard_normal(heads * group), jnp.float32) if options.get("sinks") else None
+    starts = np.arange(requests, dtype=np.int32)  # idle rows too
+    batch = type(batch)(batch.slots, jnp.asarray(starts), batch.q_lens, batch.kv_lens, max_q_len=1)
+    out, order = pallas_mosaic.run(
+        q,
+        cache.layer_view(1),
+        cache.order,
+        batch,
+        Features(soft_cap=options.get("soft_cap"), sinks=sinks),
+        scale=dim**-0.5,
+        tiling=pallas_mosaic.Tiling(blocks=options["blocks"]),
+        interpret=params,
+        interpret_combine=True,
+    )
+    np.testing.assert_array_equal(order, 0)
+    out = np.asarray(out.astype(jnp.float32))
+    for row in range(requests + 2):
+        if row >= requests or not lengths[row]:
+            np.testing.assert_array_equal(out[row], 0)
+            continue
+        kv = contents[row][:, 1]
+        query = np.asarray(q[row : row + 1].astype(jnp.float32))
+        expected = reference_attention(query, kv[:, 0], kv[:, 1], soft_cap=options.get("soft_cap"), sinks=sinks)
+        np.testing.assert_allclose(out[row], expected[0], atol=1e-2, rtol=1e-2)
+
+
+def test_what_is_not_served_is_said_and_the_next_one_taken():
+    cache = plain_cache(KVCacheSpec(1, 2, 64, 4, 256, jnp.float32, 4096), {0: np.ones((5, 1, 2, 2, 64), np.float32)})
+    batch = suite.make_batch([0], [1], [5])
+    q = jnp.ones((1, 4, 64))
+    with pytest.raises(ValueError, match="'mosaic' does not serve"):
+        attention(q, cache, layer=0, batch=batch, implementation="mosaic")
+    np.testing.assert_allclose(attention(q, cache, layer=0, batch=batch)[0], 1, rtol=1e-6)
+
+
+# On the GPU
+
+
+def check(requests, *, q_heads=32, layers=(31,), num_layers=32, dtype="bfloat16", **options):
+    """`test_attention.check`, at the Llama-3-8B shape unless said; skipped where the GPU is no Hopper."""
+    if pallas_mosaic.target() != "9.0":
+        pytest.skip("no Hopper GPU")
+    sizes = {"head_dim": 128, "kv_heads": 8, "max_seq_len": 1100, "num_slots": len(requests)} | options
+    spec = suite.make_spec("mosaic", dtype=dtype, layers=num_layers, **sizes)
+    suite.check("mosaic", spec, q_heads, requests, layers=layers, tokens=len(requests) + 1, max_q_len=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("end", [8, 16, 32, 64, 128, 512])
+def test_lengths_around_ends_of_boxes_tiles_and_pages(end):
+    """A page holds 16 tokens, and what follows a request's last one is not mapped."""
+    check([(1, end - 1), (1, end), (1, end + 1)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("end", [18, 36, 54, 73])
+def test_pages_that_hold_no_whole_number_of_boxes(end):
+    """Of 28 layers a page holds 18.3 tokens."""
+    check([(1, end - 1), (1, end), (1, end + 1)], num_layers=28, layers=(0, 27))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layout": "layer_major", "num_layers": 2, "layers": (1,)},
+        {"dtype": "float16", "num_layers": 2, "layers": (0, 1)},
+        {"head_dim": 64, "q_heads": 8},
+        {"kv_heads": 1, "q_heads": 12, "num_layers": 2, "layers": (1,)},
+    ],
+    ids=str,
+)
+def test_shapes(options):
+    check([(1, 1), (1, 63), (0, 0), (1, 300), (1, 1000)], **options)
