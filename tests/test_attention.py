@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 
 NONE = Features()
 HOST_PAGE_BYTES = 4096
+ON_GPU = ("mosaic", "triton")
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
 every_implementation = pytest.mark.parametrize(
     "implementation", ["reference", "triton-interpret", pytest.param("triton", marks=pytest.mark.gpu)]
@@ -36,7 +37,7 @@ real_memory = pytest.mark.parametrize("implementation", ["reference", pytest.par
 
 
 def device_for(implementation):
-    if implementation != "triton":
+    if implementation not in ON_GPU:
         return jax.devices("cpu")[0]
     try:
         return jax.devices("cuda")[0]
@@ -47,7 +48,7 @@ def device_for(implementation):
 def make_spec(
     implementation, *, head_dim=64, kv_heads=2, num_slots=6, max_seq_len=700, dtype=jnp.float32, layers=2, **options
 ):
-    page_bytes = 2 << 20 if implementation == "triton" else HOST_PAGE_BYTES
+    page_bytes = 2 << 20 if implementation in ON_GPU else HOST_PAGE_BYTES
     return KVCacheSpec(layers, kv_heads, head_dim, num_slots, max_seq_len, dtype, page_bytes, **options)
 
 
@@ -490,7 +491,7 @@ class TestArguments:
             ({"shape": (1, 3, 64)}, "3 heads, which is not a multiple of the cache's 2"),
             ({"layer": 2}, "layer: expected 0 to 1, got 2"),
             ({"layer": -1}, "layer: expected 0 to 1, got -1"),
-            ({"implementation": "fast"}, "triton, reference, got 'fast'"),
+            ({"implementation": "fast"}, "mosaic, triton, reference, got 'fast'"),
             ({"implementation": ()}, "empty sequence"),
             ({"soft_cap": 0}, "soft_cap must be positive and finite, got 0; pass None"),
             ({"soft_cap": -1.0}, "soft_cap must be positive and finite, got -1.0"),
@@ -557,7 +558,7 @@ class TestArguments:
                 self.run(implementation="picky", sinks=sinks)
 
     def test_first_implementation_for_the_platform_is_used(self):
-        assert implementations() == ("triton", "reference")
+        assert implementations() == ("mosaic", "triton", "reference")
         with jax.default_device(jax.devices("cpu")[0]):
             chosen = [self.run(implementation=which) for which in (None, ("triton", "reference"), "reference")]
         for out in chosen:

@@ -78,7 +78,13 @@ def compiled(target, program, spec, max_q_len):
 
 
 def gpu_kernels(each):
-    return [rest for *_, opcode, rest in instructions(each) if opcode == "custom-call" and "triton" in rest]
+    """Kernels of attention; `attention_decode` of Mosaic counts, and not the one that joins its results."""
+    calls = [rest for *_, opcode, rest in instructions(each) if opcode == "custom-call"]
+    return [rest for rest in calls if ("triton" in rest and "combine" not in rest) or "mosaic_gpu" in rest]
+
+
+def mosaic_kernels(each):
+    return [rest for rest in gpu_kernels(each) if "mosaic_gpu" in rest]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -101,6 +107,8 @@ def test_kernels_fit_every_gpu(target, max_q_len, dtype, head_dim):
     each = compiled(target, "straight", spec, max_q_len)
     assert_views_not_copied(each, spec)
     assert len(gpu_kernels(each)) == 2, "the GPU implementation was not chosen"
+    hopper = target == "h100" and max_q_len == 1 and dtype == jnp.bfloat16 and head_dim in (64, 128)
+    assert len(mosaic_kernels(each)) == (2 if hopper and jax.__version_info__ >= (0, 11) else 0)
 
 
 SINKS = jax.ShapeDtypeStruct((Q_HEADS,), jnp.float32)
