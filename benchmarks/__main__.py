@@ -15,7 +15,7 @@ from benchmarks._report import Report
 
 BENCHMARKS = {
     "cpu_generate": "decode and prefill on a CPU, float32: this package and transformers",
-    "decode": "a decode loop over page boundaries: mapped beforehand, synchronously, in the background",
+    "decode_step": "a decode loop over page boundaries: mapped beforehand, synchronously, in the background",
     "manager": "three KV caches in the same memory serve a request trace; the host cost of a step",
     "vmm": "mapping and unmapping pages, and the manager's work between two programs",
 }

@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> Report:
         for name in ("p50_ms", "p99_ms"):
             row[f"{name}_ratio"] = row[name] / rows[0][name]
     return Report(
-        name="decode",
+        name="decode_step",
         command="",
         date=datetime.date.today().isoformat(),
         hardware=_machine.hardware(),
