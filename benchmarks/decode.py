@@ -1,0 +1,90 @@
+"""Attention of decode steps on a GPU: one query a request over the whole cache, beside other libraries and a copy.
+
+Such attention does little but read K and V once, so its speed is given in bytes of them per second.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import _alternatives, _attention, _machine
+from benchmarks._attention import Alternative, Work
+from benchmarks._replay import Trace
+from benchmarks._report import Column, Report, Table
+
+_TRACE = Path(__file__).parent / "traces" / "azure_llm_2023_conv_sample.csv"
+_SEED = 0
+_ALTERNATIVES: dict[str, Alternative] = {
+    "cudnn": _alternatives.cudnn,
+    "torch": _alternatives.torch_sdpa,
+    "flashinfer": _alternatives.flashinfer_decode,
+}
+
+
+def works(shapes: str) -> list[Work]:
+    """What is measured: requests of one length, and of many."""
+    if shapes == "tiny":
+        return [_uniform(2, 96), _conversations(8, shrink=32), _one_long(3, 160, 32)]
+    uniform = ((1, 131_072), (8, 16_384), (16, 16_384), (64, 4096), (256, 1024))
+    return [*(_uniform(*each) for each in uniform), _conversations(128), _one_long(64, 131_072, 1024)]
+
+
+def _uniform(requests: int, kv_len: int) -> Work:
+    return Work.uniform(f"{requests}x{kv_len}", requests, 1, kv_len)
+
+
+def _conversations(requests: int, shrink: int = 1) -> Work:
+    """Requests of the trace, each somewhere in its answer; lengths divided by `shrink`."""
+    trace, random = Trace.read(_TRACE), np.random.default_rng(_SEED)
+    picked = trace.take(random.choice(len(trace), requests, replace=False))
+    lengths = picked.prompt_tokens + random.integers(1, picked.generated_tokens, endpoint=True)
+    return Work(f"{requests} of the trace", (1,) * requests, tuple((-(-lengths // shrink)).tolist()))
+
+
+def _one_long(requests: int, long: int, short: int) -> Work:
+    name = f"{long} beside {requests - 1}x{short}"
+    return Work(name, (1,) * requests, (long, *[short] * (requests - 1)))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _attention.add_arguments(parser, tuple(_ALTERNATIVES))
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    sizes, seconds, _ = _attention.checked(arguments)
+    others = _machine.OtherLoad()
+    selected = _attention.chosen(works(arguments.shapes), arguments.only)
+    ceilings = _attention.copy_rows(sizes, seconds)
+    copy = _attention.best(ceilings, "gbps")
+
+    def rate(work: Work, seconds: float) -> dict[str, float]:
+        gbps = work.num_keys * sizes.token_bytes / seconds / 1e9
+        return {"gbps": gbps, "of_copy": gbps / copy, "keys": work.num_keys, "longest": max(work.kv_lens)}
+
+    rows = _attention.compare(selected, arguments, _ALTERNATIVES, rate)
+    tables = (_attention.ceiling_table(ceilings), Table("Attention of a decode step", _COLUMNS, tuple(rows)))
+    return _attention.report("decode", arguments, tables, _NOTES, others)
+
+
+_COLUMNS = (
+    Column("shape", "requests x keys"),
+    Column("implementation", "implementation"),
+    *_attention.TIME_COLUMNS,
+    Column("gbps", "GB/s", ",.0f"),
+    Column("of_copy", "of copy", ".3f"),
+    Column("against_ours", "time, ours = 1", ".2f"),
+    Column("note", "note"),
+)
+_NOTES = (
+    "GB/s: K and V of every request's keys, read once. of copy: as a share of the fastest copy above, whose bytes are "
+    "counted as they are read and as they are written.",
+    "ours: the first jax_vattention row of a shape that ran; attention() tries them in that order.",
+    f"of the trace: prompt and part of the answer of requests of {_TRACE.name}, drawn with seed {_SEED}.",
+    "cudnn: jax.nn.dot_product_attention with lengths as operands. torch: scaled_dot_product_attention with the "
+    "backend that it picks, and a mask where lengths differ. Both read arrays padded to the longest request, of fewer "
+    "layers where those are large. flashinfer: pages of 16 tokens in random order, on tensor cores; its plan is not "
+    "timed.",
+)
