@@ -1,4 +1,4 @@
-"""What the benchmarks of attention share: the work, the cache that it reads, this package's rows, and the ceilings.
+"""What the benchmarks of attention share: the work, the cache that it reads, and the rows of this package.
 
 A program runs attention on several layers one after the other, so that no layer finds its K and V in the L2 cache.
 Queries, K and V are random: zeros would make a GPU draw less power, and run faster.
@@ -221,6 +221,7 @@ def report(
             "layers_of_a_program": sizes.chained,
             "seconds_per_row": seconds,
             "page_bytes": _page_bytes(),
+            "copy_bytes": sizes.copy_bytes,
             "other_programs_cpu_share": round(others.share(), 3),
         },
         tables=tuple(tables),
@@ -272,7 +273,7 @@ def compare(
         others: dict[str, Outcome] = {}
         for name in arguments.against:
             others[name] = attempt(functools.partial(alternatives[name], work, sizes, seconds))
-            _say(work.name, name, others[name])
+            say(work.name, name, others[name])
         first = next((outcome.timing.median for outcome in ours.values() if outcome.timing), None)
         rows += [_row(work, name, outcome, first, rate) for name, outcome in (ours | others).items()]
     return rows
@@ -288,7 +289,7 @@ def _row(
     return row
 
 
-def _say(work: str, name: str, outcome: Outcome) -> None:
+def say(work: str, name: str, outcome: Outcome) -> None:
     """A line for whoever waits, and for a run that is stopped half-way."""
     found = f"{outcome.timing.median * 1e6:.1f} µs a layer" if outcome.timing else outcome.error
     print(f"{work}: {name}: {found}", file=sys.stderr, flush=True)
@@ -310,13 +311,13 @@ def time_ours(
                 for part, which in parts.items():
                     action = functools.partial(_time, manager, work.part(which), slots[which], name, sizes, seconds)
                     found[name][part] = attempt(action)
-                    _say(work.name, f"{name}, {layout} {part}".rstrip(), found[name][part])
+                    say(work.name, f"{name}, {layout} {part}".rstrip(), found[name][part])
         return Outcome(None)
 
     # Most likely too little memory, if anything: other rows need less.
     failure = attempt(fill_and_time)
     if failure.error:
-        _say(work.name, layout, failure)
+        say(work.name, layout, failure)
     return {name: {part: outcomes.get(part, failure) for part in parts} for name, outcomes in found.items()}
 
 
@@ -423,112 +424,3 @@ def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def random_arrays(count: int, shape: tuple[int, ...], *, seed: int) -> tuple[jax.Array, ...]:
     """Normally distributed bfloat16 arrays, made on the device one at a time."""
     return tuple(_normal(key, shape) for key in jax.random.split(jax.random.key(seed), count))
-
-
-# The machine's ceilings
-
-_TIMES = 8
-"""Operations of one program."""
-
-
-def copy_rows(sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
-    """Bytes read and written per second by copies of a large array, made in several ways."""
-    candidates: dict[str, Alternative] = {
-        "elementwise operation of JAX": _jax_elementwise,
-        "copy of JAX": _jax_copy,
-        "copy_ of torch": _torch_copy,
-    }
-    rows = []
-    for name, time in candidates.items():
-        outcome = attempt(functools.partial(time, _NOTHING, sizes, seconds))
-        _say("copy", name, outcome)
-        row: dict[str, Any] = {"what": name, "note": outcome.error}
-        if outcome.timing is not None:
-            row |= times(outcome.timing) | {"gbps": 2 * sizes.copy_bytes / outcome.timing.median / 1e9}
-        rows.append(row)
-    return rows
-
-
-def matmul_row(sizes: Sizes, seconds: float) -> dict[str, Any]:
-    """Floating-point operations per second of a dense bfloat16 product of random square matrices."""
-    size = sizes.matmul_size
-    x, w = random_arrays(2, (size, size), seed=2)
-    w = w * jnp.bfloat16(size**-0.5)  # so that products of products stay in range
-    program = jax.jit(matmul_chain)
-    timing = back_to_back(lambda: program(x, w), jax.block_until_ready, seconds=seconds).divided(_TIMES)
-    _say("matrix product", "JAX", Outcome(timing))
-    tflops = 2 * size**3 / timing.median / 1e12
-    return {"what": f"bfloat16 product, {size}^3", "tflops": tflops, "note": "", **times(timing)}
-
-
-def best(rows: Sequence[dict[str, Any]], key: str) -> float:
-    """The largest figure of rows some of which may have failed.
-
-    Raises:
-      BenchmarkError: all have.
-    """
-    found = [row[key] for row in rows if row.get(key) is not None]
-    if not found:
-        raise BenchmarkError(f"no ceiling could be measured: {'; '.join(str(row.get('note')) for row in rows)}")
-    return max(found)
-
-
-def ceiling_table(rows: Sequence[dict[str, Any]]) -> Table:
-    columns = [Column("what", "what"), *TIME_COLUMNS]
-    columns += [
-        column
-        for column in (Column("gbps", "GB/s read and written", ",.0f"), Column("tflops", "TFLOP/s", ",.1f"))
-        if any(column.key in row for row in rows)
-    ]
-    return Table("Ceilings of this machine", (*columns, Column("note", "note")), tuple(rows))
-
-
-_NOTHING = Work("", (), ())
-
-
-def elementwise_chain(x: jax.Array) -> jax.Array:
-    """Passes over a whole array that the compiler cannot join into one."""
-    for number in range(_TIMES):
-        x = lax.optimization_barrier(x ^ np.uint32(number + 1))
-    return x
-
-
-def matmul_chain(x: jax.Array, w: jax.Array) -> jax.Array:
-    for _ in range(_TIMES):
-        x = x @ w
-    return x
-
-
-def _to_copy(sizes: Sizes) -> jax.Array:
-    return jax.random.bits(jax.random.key(3), (sizes.copy_bytes // 4,), jnp.uint32)
-
-
-def _jax_elementwise(_: Work, sizes: Sizes, seconds: float) -> Outcome:
-    x, program = _to_copy(sizes), jax.jit(elementwise_chain)
-    return Outcome(back_to_back(lambda: program(x), jax.block_until_ready, seconds=seconds).divided(_TIMES))
-
-
-def _jax_copy(_: Work, sizes: Sizes, seconds: float) -> Outcome:
-    x, program = _to_copy(sizes), jax.jit(jnp.copy)
-
-    def launch() -> jax.Array:
-        for _ in range(_TIMES):
-            out = program(x)
-        return out
-
-    timing = back_to_back(launch, jax.block_until_ready, seconds=seconds, most_launches=1)
-    return Outcome(timing.divided(_TIMES))
-
-
-def _torch_copy(_: Work, sizes: Sizes, seconds: float) -> Outcome:
-    from benchmarks._alternatives import torch_device
-
-    torch, device, wait = torch_device()
-    source = torch.randint(0, 2**31 - 1, (sizes.copy_bytes // 4,), dtype=torch.int32, device=device)
-    target = torch.empty_like(source)
-
-    def launch() -> None:
-        for _ in range(_TIMES):
-            target.copy_(source)
-
-    return Outcome(back_to_back(launch, wait, seconds=seconds).divided(_TIMES))

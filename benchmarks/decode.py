@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import _alternatives, _attention, _machine
+from benchmarks import _alternatives, _attention, _ceilings, _machine
 from benchmarks._attention import Alternative, Work
 from benchmarks._replay import Trace
 from benchmarks._report import Column, Report, Table
@@ -57,15 +57,15 @@ def run(arguments: argparse.Namespace) -> Report:
     sizes, seconds, _ = _attention.checked(arguments)
     others = _machine.OtherLoad()
     selected = _attention.chosen(works(arguments.shapes), arguments.only)
-    ceilings = _attention.copy_rows(sizes, seconds)
-    copy = _attention.best(ceilings, "gbps")
+    ceilings = _ceilings.copy_rows(sizes, seconds)
+    copy = _ceilings.best(ceilings, "gbps")
 
     def rate(work: Work, seconds: float) -> dict[str, float]:
         gbps = work.num_keys * sizes.token_bytes / seconds / 1e9
         return {"gbps": gbps, "of_copy": gbps / copy, "keys": work.num_keys, "longest": max(work.kv_lens)}
 
     rows = _attention.compare(selected, arguments, _ALTERNATIVES, rate)
-    tables = (_attention.ceiling_table(ceilings), Table("Attention of a decode step", _COLUMNS, tuple(rows)))
+    tables = (_ceilings.table(ceilings), Table("Attention of a decode step", _COLUMNS, tuple(rows)))
     return _attention.report("decode", arguments, tables, _NOTES, others)
 
 

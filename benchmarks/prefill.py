@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 
-from benchmarks import _alternatives, _attention, _machine
+from benchmarks import _alternatives, _attention, _ceilings, _machine
 from benchmarks._attention import Alternative, Work
 from benchmarks._report import Column, Report, Table
 
@@ -39,14 +39,14 @@ def run(arguments: argparse.Namespace) -> Report:
     sizes, seconds, _ = _attention.checked(arguments)
     others = _machine.OtherLoad()
     selected = _attention.chosen(works(arguments.shapes), arguments.only)
-    ceiling = _attention.matmul_row(sizes, seconds)
+    ceiling = _ceilings.matmul_row(sizes, seconds)
 
     def rate(work: Work, seconds: float) -> dict[str, float]:
         tflops = 4 * sizes.num_q_heads * sizes.head_dim * work.num_pairs / seconds / 1e12
         return {"tflops": tflops, "of_product": tflops / ceiling["tflops"], "pairs": work.num_pairs}
 
     rows = _attention.compare(selected, arguments, _ALTERNATIVES, rate)
-    tables = (_attention.ceiling_table([ceiling]), Table("Attention of a prefill", _COLUMNS, tuple(rows)))
+    tables = (_ceilings.table([ceiling]), Table("Attention of a prefill", _COLUMNS, tuple(rows)))
     return _attention.report("prefill", arguments, tables, _NOTES, others)
 
 
