@@ -11,12 +11,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks._report import Report
+from benchmarks._report import BenchmarkError, Report
 
 BENCHMARKS = {
     "cpu_generate": "decode and prefill on a CPU, float32: this package and transformers",
-    "decode": "a decode loop over page boundaries: mapped beforehand, synchronously, in the background",
+    "decode": "attention of decode steps on a GPU: GB/s beside a copy, cuDNN, torch and FlashInfer",
+    "decode_step": "a decode loop over page boundaries: mapped beforehand, synchronously, in the background",
     "manager": "three KV caches in the same memory serve a request trace; the host cost of a step",
+    "mixed": "attention of a prefill chunk and of decodes on a GPU: in one call and in two",
+    "prefill": "attention of prompts and chunks on a GPU: TFLOP/s beside a matrix product, cuDNN and torch",
     "vmm": "mapping and unmapping pages, and the manager's work between two programs",
 }
 """Each is a module of this package with `add_arguments(parser)` and `run(arguments) -> Report`."""
@@ -63,7 +66,7 @@ def _run(name: str, argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     try:
         report: Report = module.run(arguments)
-    except ModuleNotFoundError as error:
+    except (BenchmarkError, ModuleNotFoundError) as error:
         print(f"benchmark {name}: error: {error}", file=sys.stderr)
         return 1
     report = dataclasses.replace(report, command=_command(name, argv, arguments.json))

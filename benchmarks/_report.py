@@ -12,6 +12,10 @@ from typing import Any
 _FORMAT = 1  # of the JSON file
 
 
+class BenchmarkError(Exception):
+    """A benchmark cannot run here; the message says what it needs."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Column:
     """One column of a table: the key of its values in a row, and how they are shown."""

@@ -38,6 +38,10 @@ class Timing:
         """Seconds of the slowest."""
         return self.seconds[-1]
 
+    def divided(self, parts: int) -> Timing:
+        """Of each of `parts` equal parts of what was measured."""
+        return Timing(tuple(seconds / parts for seconds in self.seconds))
+
     def quantile(self, share: float) -> float:
         """Seconds that `share` of the measurements do not exceed (nearest rank)."""
         rank = max(1, -int(-share * len(self.seconds) // 1))
@@ -54,6 +58,48 @@ def repeat(action: Callable[[], Any], repeats: int, *, warmup: int = 1) -> Timin
         action()
         seconds.append(perf_counter() - start)
     return Timing.of(seconds)
+
+
+_SAMPLE_SECONDS = 0.02  # of one measurement of `back_to_back`: long beside one launch and one wait
+
+
+def back_to_back(
+    launch: Callable[[], Any],
+    wait: Callable[[Any], Any],
+    *,
+    seconds: float,
+    fewest: int = 5,
+    most: int = 200,
+    most_launches: int = 32,
+) -> Timing:
+    """Times work that a device does while the host goes on.
+
+    A measurement is several launches and one wait, divided by the launches: while one runs the host launches the
+    next, so that what launching takes is hidden as it is in a serving loop. Their number adapts to the work.
+
+    Args:
+      launch: starts the work once and returns what `wait` takes; later work starts when earlier work is over.
+      wait: returns when it is over.
+      seconds: to measure for, after a warm-up of a fifth of that; at least `fewest` and at most `most` measurements.
+      most_launches: before a wait: until then all their results may take memory.
+    """
+    wait(launch())  # compiles, and loads what is loaded late
+    once = best = float("inf")
+    end = perf_counter() + seconds / 5
+    while once == float("inf") or perf_counter() < end:
+        start = perf_counter()
+        wait(launch())
+        once = perf_counter() - start
+        best = min(best, once)
+    launches = max(1, min(most_launches, round(_SAMPLE_SECONDS / best)))
+
+    def sample() -> None:
+        for _ in range(launches):
+            result = launch()
+        wait(result)
+
+    count = max(fewest, min(most, round(seconds / (best * launches))))
+    return repeat(sample, count).divided(launches)
 
 
 def interleave(actions: Sequence[Callable[[], Any]], repeats: int, *, warmup: int = 1) -> list[list[Any]]:

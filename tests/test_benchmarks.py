@@ -1,10 +1,22 @@
 """The benchmarks' reports and tables, and what they count. No time is checked."""
 
+import contextlib
+import functools
+import importlib.util
+import math
+import shlex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from caches import plain_cache, read_token
 
 from benchmarks import __main__ as command
+from benchmarks import _alternatives, _attention, decode
 from benchmarks._report import Column, Report, Table
-from benchmarks._timing import Timing, interleave
+from benchmarks._timing import Timing, back_to_back, interleave
+from jax_vattention import KVCacheSpec
 
 
 @pytest.fixture
@@ -64,6 +76,16 @@ def test_timing_and_interleaving():
     assert "".join(calls) == "ba" + "ab" + "ba"
 
 
+def test_back_to_back_divides_a_measurement_by_its_launches():
+    launched, waited = [], []
+    timing = back_to_back(lambda: launched.append(0), waited.append, seconds=0.0, fewest=4, most=9)
+    assert len(timing.seconds) == 4
+    # Two that only warm up, then launches with one wait for each measurement, of which one warms up.
+    assert (len(launched) - 2) % (len(waited) - 2) == 0
+    assert len(waited) == 2 + 1 + 4
+    assert timing.divided(4).median == pytest.approx(timing.median / 4)
+
+
 @pytest.mark.parametrize("options", [["--json", "/out/file.json"], ["--json=/out/file.json"], ["--json"], []])
 def test_command_leaves_out_where_the_report_went(options):
     file = "/out/file.json" if options and options != ["--json"] else None
@@ -113,3 +135,175 @@ def test_manager_prints_its_tables_for_the_start_of_the_sample(capsys):
     for title in ("Three caches in the same memory", "Pages of KVCacheManager", "KVCacheManager.step, µs"):
         assert f"**{title}**" in out
     assert "| saturated | on demand | " in out
+
+
+@pytest.fixture
+def one_torch_thread():
+    """Idle threads of torch spin, and those of XLA wait for their core."""
+    with contextlib.suppress(ModuleNotFoundError):
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+    yield
+    with contextlib.suppress(NameError):
+        torch.set_num_threads(threads)
+
+
+TINY = ["--shapes", "tiny", "--quick", "--seconds", "0.05", "--implementations", "reference"]
+
+
+def tiny_tables(name, path, *options):
+    """Tables of a tiny run on this machine's CPU, by title, and its command."""
+    assert command.main([name, *TINY, *options, "--json", str(path)]) == 0
+    report = Report.read(path)
+    assert report.name == name
+    assert report.command == "python -m benchmarks " + shlex.join([name, *TINY, *options])
+    assert Report.read(path).markdown() == report.markdown()
+    return {table.title: table.rows for table in report.tables}
+
+
+def finite(row, *keys):
+    return all(math.isfinite(row[key]) and row[key] > 0 for key in keys)
+
+
+def failed(row):
+    return bool(row["note"]) and row.get("us") is None
+
+
+TIMES = ("us", "p10_us", "p90_us")
+
+
+@pytest.mark.usefixtures("one_torch_thread")
+def test_decode_compares_every_implementation_on_every_shape(tmp_path):
+    shapes = ["2x96", "8 of the trace"]
+    tables = tiny_tables("decode", tmp_path / "decode.json", "--only", *shapes)
+    copies = tables["Ceilings of this machine"]
+    assert len(copies) == 3
+    assert all(finite(row, "gbps", *TIMES) or failed(row) for row in copies)
+    assert finite(copies[0], "gbps")
+    rows = tables["Attention of a decode step"]
+    ours = ["jax_vattention reference, token_major", "jax_vattention reference, layer_major"]
+    expected = [(shape, name) for shape in shapes for name in (*ours, "cudnn", "torch", "flashinfer")]
+    assert [(row["shape"], row["implementation"]) for row in rows] == expected
+    for row in rows:
+        # The rows of libraries that are missing, or need a GPU, say so.
+        missing = row["implementation"] not in ours and failed(row)
+        assert missing or finite(row, "gbps", "of_copy", "against_ours", *TIMES)
+        assert missing or row["implementation"] not in ("cudnn", "flashinfer") or jax.default_backend() == "gpu"
+        if row["implementation"] == "torch" and importlib.util.find_spec("torch") and jax.default_backend() == "cpu":
+            assert not missing, row["note"]
+        if row["implementation"] == ours[0]:
+            assert row["against_ours"] == 1
+            assert row["layers"] == 2
+
+
+def test_decode_lengths_are_those_of_the_trace_and_the_same_every_time():
+    for shapes, requests in (("llama-3-8b", 128), ("tiny", 8)):
+        ragged, again = (decode.works(shapes)[-2] for _ in range(2))
+        assert ragged == again
+        assert len(set(ragged.kv_lens)) > requests // 4
+        assert ragged.num_queries == ragged.num_pairs - ragged.num_keys + requests == requests
+        one_long = decode.works(shapes)[-1]
+        assert one_long.num_keys == one_long.kv_lens[0] + (len(one_long.kv_lens) - 1) * one_long.kv_lens[1]
+
+
+def test_prefill_counts_visible_pairs(tmp_path):
+    tables = tiny_tables("prefill", tmp_path / "prefill.json", "--layouts", "token_major", "--against")
+    [product] = tables["Ceilings of this machine"]
+    assert finite(product, "tflops", *TIMES)
+    rows = tables["Attention of a prefill"]
+    for row, pairs in zip(rows, (96 * 97 // 2, 2 * 48 * 49 // 2, sum(range(49, 65))), strict=True):
+        assert row["pairs"] == pairs
+        assert row["tflops"] == pytest.approx(4 * 4 * 64 * pairs / row["us"] / 1e6)
+        assert row["of_product"] == pytest.approx(row["tflops"] / product["tflops"])
+
+
+def test_mixed_compares_one_call_with_two(tmp_path):
+    options = ["--layouts", "token_major", "--only", "16 at 32, 3x32"]
+    path = tmp_path / "mixed.json"
+    assert command.main(["mixed", *TINY, *options, "--json", str(path)]) == 0
+    [table] = Report.read(path).tables
+    [row] = table.rows
+    assert finite(row, "mixed_us", "mixed_p10_us", "mixed_p90_us")
+    assert row["larger_us"] == max(row["chunk_us"], row["decodes_us"])
+    assert row["ratio"] == row["mixed_us"] / row["larger_us"]
+    assert row["of_sum"] < row["ratio"]
+    assert row["note"] == ""
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill", "mixed"])
+def test_attention_benchmarks_refuse_a_machine_without_a_gpu(name, capsys, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "cpu")
+    assert command.main([name]) == 1
+    assert f"benchmark {name}: error: expected an NVIDIA GPU" in capsys.readouterr().err
+    assert command.main([name, *TINY, "--only", "1x7"]) == 1
+    assert "--only: expected some of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", _attention.LAYOUTS)
+def test_caches_are_filled_with_random_tokens_in_the_layers_that_are_read(layout):
+    work = _attention.Work("", (1, 1), (37, 5))
+    sizes = _attention.SIZES["tiny"]
+    with _attention._manager(work, sizes, layout) as manager:
+        slots = _attention._fill(manager, work.kv_lens, sizes.layers)
+        cache = manager.step({})
+        tokens = [read_token(cache, slot, position) for slot, position in zip(slots * 2, (0, 0, 36, 4), strict=True)]
+        del cache
+    found = {float(each[layer].std()) for each in tokens for layer in sizes.layers}
+    assert len(found) == len(tokens) * len(sizes.layers)  # all different
+    assert all(0.5 < deviation < 2 for deviation in found)
+
+
+@pytest.mark.skipif("jax.default_backend() == 'gpu'", reason="triton does not raise there")
+def test_an_implementation_that_raises_becomes_a_row_and_its_cache_is_freed():
+    work = _attention.Work.uniform("2x32", 2, 1, 32)
+    sizes = _attention.SIZES["tiny"]
+    parts = {"both": slice(None), "second": slice(1, None)}
+    found = _attention.time_ours(work, parts, sizes, "token_major", ("triton", "reference"), 0.01)
+    assert [list(outcomes) for outcomes in found.values()] == [list(parts)] * 2
+    # Triton has no kernels for a CPU. The other one still reads the cache, and closing it raises nothing.
+    triton, reference = (outcomes["second"] for outcomes in found.values())
+    assert triton.timing is None
+    assert triton.error
+    assert reference.timing is not None
+    assert reference.layers == 2
+
+
+def test_alternatives_that_are_missing_or_too_large_say_so():
+    def missing():
+        raise ModuleNotFoundError("No module named 'fast|attention'\nmore")
+
+    assert _attention.attempt(missing) == (None, 0, "ModuleNotFoundError: No module named 'fast/attention'")
+    sizes = _attention.SIZES["llama-3-8b"]
+    [padded] = [work for work in decode.works("llama-3-8b") if work.name == "131072 beside 63x1024"]
+    outcome = _attention.attempt(lambda: _alternatives.cudnn(padded, sizes, 0.01))
+    assert outcome == (None, 0, "BenchmarkError: K and V padded to the longest request take 32 GiB a layer")
+
+
+def test_alternatives_compute_the_same_attention_as_ours():
+    """In decode with different lengths and in a causal prefill, by XLA in the place of cuDNN."""
+    random = np.random.default_rng(0)
+    queries, keys, values = (
+        jnp.asarray(random.standard_normal((2, tokens, heads, 16)), jnp.float32)
+        for tokens, heads in ((1, 4), (24, 2), (24, 2))
+    )
+    kv_lens = [24, 9]
+    run = functools.partial(_alternatives.dot_product_attention, implementation="xla")
+    lengths = (jnp.ones(2, jnp.int32), jnp.asarray(kv_lens, jnp.int32))
+    [decoded] = run([queries], [keys], [values], lengths, causal=False)
+    prompts = jnp.repeat(keys, 2, axis=2)
+    [prefilled] = run([prompts], [keys], [values], None, causal=True)
+
+    spec = KVCacheSpec(1, 2, 16, num_slots=2, max_seq_len=24, dtype=jnp.float32, page_bytes=4096)
+    cache = plain_cache(spec, {slot: np.stack([keys[slot], values[slot]], 1)[:, None] for slot in range(2)})
+    decode_work = _attention.Work("", (1, 1), tuple(kv_lens))
+    [[ours], _] = _attention.attend(
+        [queries[:, 0]], cache, decode_work.batch([0, 1]), layers=[0], implementation="reference"
+    )
+    np.testing.assert_allclose(ours, decoded[:, 0], atol=1e-5)
+    prompt_work = _attention.Work.uniform("", 2, 24, 24)
+    [[ours], _] = _attention.attend(
+        [prompts.reshape(48, 4, 16)], cache, prompt_work.batch([0, 1]), layers=[0], implementation="reference"
+    )
+    np.testing.assert_allclose(ours, prefilled.reshape(48, 4, 16), atol=1e-5)

@@ -1,0 +1,426 @@
+"""What the benchmarks of attention share: the work, the cache that it reads, and the rows of this package.
+
+A program runs attention on several layers one after the other, so that no layer finds its K and V in the L2 cache.
+Queries, K and V are random: zeros would make a GPU draw less power, and run faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import gc
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from benchmarks import _machine
+from benchmarks._report import BenchmarkError, Column, Report, Table
+from benchmarks._timing import Timing, back_to_back
+from jax_vattention import GPU_COMPILER_OPTIONS, KVCache, KVCacheManager, KVCacheSpec, RaggedBatch, attention
+from jax_vattention.attention import implementations
+from jax_vattention.spec import Layout
+
+_MIB = 2**20
+_FILL_TOKENS = 16_384  # of one program that fills the cache
+_ERROR_CHARACTERS = 160  # of what a row says about a failure
+
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Dimensions of the model whose attention is measured, and of the arrays that show the machine's ceilings."""
+
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    chained: int
+    """Layers that one program reads, of `num_layers`."""
+    copy_bytes: int
+    matmul_size: int
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token in one layer, bfloat16."""
+        return 2 * self.num_kv_heads * self.head_dim * 2
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Which layers a program reads, apart from each other."""
+        return tuple(index * self.num_layers // self.chained for index in range(self.chained))
+
+
+SIZES = {
+    "llama-3-8b": Sizes(32, 32, 8, 128, chained=8, copy_bytes=2048 * _MIB, matmul_size=8192),
+    "tiny": Sizes(4, 4, 2, 64, chained=2, copy_bytes=_MIB, matmul_size=64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One call of attention, by request: its new queries, and its keys, theirs included."""
+
+    name: str
+    q_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+
+    @classmethod
+    def uniform(cls, name: str, requests: int, q_len: int, kv_len: int) -> Work:
+        """The same for all requests."""
+        return cls(name, (q_len,) * requests, (kv_len,) * requests)
+
+    @property
+    def num_queries(self) -> int:
+        """Tokens of the query array."""
+        return sum(self.q_lens)
+
+    @property
+    def num_keys(self) -> int:
+        """Tokens whose K and V are read."""
+        return sum(self.kv_lens)
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a query and a key that it sees."""
+        return sum(q * (kv - q) + q * (q + 1) // 2 for q, kv in zip(self.q_lens, self.kv_lens, strict=True))
+
+    def part(self, requests: slice) -> Work:
+        """The work of some of the requests."""
+        return Work(self.name, self.q_lens[requests], self.kv_lens[requests])
+
+    def batch(self, slots: Sequence[int]) -> RaggedBatch:
+        """As `attention` takes it."""
+        rows, kv_lens = jnp.asarray(slots, jnp.int32), jnp.asarray(self.kv_lens, jnp.int32)
+        if max(self.q_lens) == 1:
+            return RaggedBatch.decode(rows, kv_lens)
+        starts = np.cumsum([0, *self.q_lens[:-1]])
+        return RaggedBatch(
+            slots=rows,
+            q_starts=jnp.asarray(starts, jnp.int32),
+            q_lens=jnp.asarray(self.q_lens, jnp.int32),
+            kv_lens=kv_lens,
+            max_q_len=max(self.q_lens),
+        )
+
+
+class Outcome(NamedTuple):
+    """What came of one row: times of one layer, or why there are none."""
+
+    timing: Timing | None
+    layers: int = 0
+    """How many the program read."""
+    error: str = ""
+
+
+Alternative = Callable[[Work, Sizes, float], Outcome]
+"""Times another library for so many seconds; free to raise."""
+
+
+def attempt(action: Callable[[], Outcome]) -> Outcome:
+    """What `action` returns; if it raises, what it raised. Gives back the memory of either."""
+    try:
+        return action()
+    except Exception as error:
+        # A row that says so: alternatives may be missing, or not made for a shape.
+        first = next(iter(str(error).strip().splitlines()), "").replace("|", "/")
+        return Outcome(None, error=f"{type(error).__name__}: {first}"[:_ERROR_CHARACTERS])
+    finally:
+        release()
+
+
+def release() -> None:
+    """Gives memory back that nothing uses: frames of an error may hold arrays, and torch keeps what it once had."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# Options and reports
+
+
+def add_arguments(parser: argparse.ArgumentParser, alternatives: Sequence[str] = ()) -> None:
+    parser.add_argument("--shapes", choices=SIZES, default="llama-3-8b", help="tiny also runs on a CPU, to see it run")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the measurements")
+    parser.add_argument("--seconds", type=float, default=1.5, metavar="N", help="for each row (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="SHAPE", help="only these shapes, by their names in the table")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        choices=implementations(),
+        default=None,
+        help="of this package (default: all for GPUs; on a CPU the reference)",
+    )
+    if alternatives:
+        parser.add_argument(
+            "--against", nargs="*", choices=alternatives, default=list(alternatives), help="default: all"
+        )
+
+
+def checked(arguments: argparse.Namespace) -> tuple[Sizes, float, tuple[str, ...]]:
+    """Sizes, seconds for each row, and the implementations of this package to measure.
+
+    Raises:
+      BenchmarkError: there is no GPU, and the shapes are not made to run without one.
+    """
+    gpu = jax.default_backend() == "gpu"
+    if not gpu and arguments.shapes != "tiny":
+        raise BenchmarkError(
+            f"expected an NVIDIA GPU that JAX can use, got {jax.default_backend()}; install jax[cuda13] or jax[cuda12] "
+            "on a machine that has one (--shapes tiny only shows that the benchmark runs)"
+        )
+    default = tuple(name for name in implementations() if (name == "reference") != gpu)
+    seconds = arguments.seconds / (5 if arguments.quick else 1)
+    return SIZES[arguments.shapes], seconds, tuple(arguments.implementations or default)
+
+
+def chosen(works: Sequence[Work], only: Sequence[str] | None) -> list[Work]:
+    """The works that `--only` names, or all.
+
+    Raises:
+      BenchmarkError: there is none of such a name.
+    """
+    names = [work.name for work in works]
+    if unknown := sorted(set(only or ()) - set(names)):
+        raise BenchmarkError(f"--only: expected some of {', '.join(names)}, got {', '.join(unknown)}")
+    return [work for work in works if only is None or work.name in only]
+
+
+def report(
+    name: str, arguments: argparse.Namespace, tables: Sequence[Table], notes: Sequence[str], others: _machine.OtherLoad
+) -> Report:
+    sizes, seconds, _ = checked(arguments)
+    return Report(
+        name=name,
+        command="",
+        date=datetime.date.today().isoformat(),
+        hardware=_machine.hardware(),
+        versions=_machine.versions(
+            (
+                "jax-cuda12-plugin",
+                "jax-cuda13-plugin",
+                "nvidia-cudnn-cu12",
+                "nvidia-cudnn-cu13",
+                "torch",
+                "flashinfer-python",
+            )
+        ),
+        settings={
+            "shapes": arguments.shapes,
+            **{field: getattr(sizes, field) for field in ("num_layers", "num_q_heads", "num_kv_heads", "head_dim")},
+            "dtype": "bfloat16",
+            "layers_of_a_program": sizes.chained,
+            "seconds_per_row": seconds,
+            "page_bytes": _page_bytes(),
+            "copy_bytes": sizes.copy_bytes,
+            "other_programs_cpu_share": round(others.share(), 3),
+        },
+        tables=tuple(tables),
+        notes=(*notes, *_NOTES),
+    )
+
+
+_NOTES = (
+    "Times are of one layer: a program reads several layers, programs follow each other without a pause, and the host "
+    "waits for the last one. p10, p90: of these measurements; a measurement is of several programs if one is short.",
+    "jax_vattention reads a KVCacheManager's cache, whose pages are mapped one by one; its K and V were written by "
+    "append. The others read arrays of their own, of the same lengths.",
+)
+
+TIME_COLUMNS = (
+    Column("us", "µs", ".1f"),
+    Column("p10_us", "p10", ".1f"),
+    Column("p90_us", "p90", ".1f"),
+)
+
+
+def times(timing: Timing) -> dict[str, Any]:
+    return {
+        "us": timing.median * 1e6,
+        "p10_us": timing.quantile(0.1) * 1e6,
+        "p90_us": timing.quantile(0.9) * 1e6,
+        "measurements": len(timing.seconds),
+    }
+
+
+def compare(
+    works: Sequence[Work],
+    arguments: argparse.Namespace,
+    alternatives: Mapping[str, Alternative],
+    rate: Callable[[Work, float], dict[str, float]],
+) -> list[dict[str, Any]]:
+    """A row for each of `works` and each implementation: this package's in each layout, and those of others.
+
+    Args:
+      rate: figures of a work that took so many seconds.
+    """
+    sizes, seconds, names = checked(arguments)
+    rows = []
+    for work in works:
+        ours: dict[str, Outcome] = {}
+        for layout in arguments.layouts:
+            found = time_ours(work, {"": slice(None)}, sizes, layout, names, seconds)
+            ours |= {f"jax_vattention {name}, {layout}": outcomes[""] for name, outcomes in found.items()}
+        others: dict[str, Outcome] = {}
+        for name in arguments.against:
+            others[name] = attempt(functools.partial(alternatives[name], work, sizes, seconds))
+            say(work.name, name, others[name])
+        first = next((outcome.timing.median for outcome in ours.values() if outcome.timing), None)
+        rows += [_row(work, name, outcome, first, rate) for name, outcome in (ours | others).items()]
+    return rows
+
+
+def _row(
+    work: Work, name: str, outcome: Outcome, first: float | None, rate: Callable[[Work, float], dict[str, float]]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"shape": work.name, "implementation": name, "layers": outcome.layers, "note": outcome.error}
+    if outcome.timing is not None:
+        row |= times(outcome.timing) | rate(work, outcome.timing.median)
+        row["against_ours"] = None if first is None else outcome.timing.median / first
+    return row
+
+
+def say(work: str, name: str, outcome: Outcome) -> None:
+    """A line for whoever waits, and for a run that is stopped half-way."""
+    found = f"{outcome.timing.median * 1e6:.1f} µs a layer" if outcome.timing else outcome.error
+    print(f"{work}: {name}: {found}", file=sys.stderr, flush=True)
+
+
+# This package
+
+
+def time_ours(
+    work: Work, parts: Mapping[str, slice], sizes: Sizes, layout: Layout, names: Sequence[str], seconds: float
+) -> dict[str, dict[str, Outcome]]:
+    """Fills a cache for `work` and times calls of attention over parts of its requests, for each implementation."""
+    found: dict[str, dict[str, Outcome]] = {name: {} for name in names}
+
+    def fill_and_time() -> Outcome:
+        with _manager(work, sizes, layout) as manager:
+            slots = _fill(manager, work.kv_lens, sizes.layers)
+            for name in names:
+                for part, which in parts.items():
+                    action = functools.partial(_time, manager, work.part(which), slots[which], name, sizes, seconds)
+                    found[name][part] = attempt(action)
+                    say(work.name, f"{name}, {layout} {part}".rstrip(), found[name][part])
+        return Outcome(None)
+
+    # Most likely too little memory, if anything: other rows need less.
+    failure = attempt(fill_and_time)
+    if failure.error:
+        say(work.name, layout, failure)
+    return {name: {part: outcomes.get(part, failure) for part in parts} for name, outcomes in found.items()}
+
+
+def _page_bytes() -> tuple[int, ...]:
+    """The smallest first. Large ones, for mapping them costs per page."""
+    return (2 * _MIB, 8 * _MIB, 64 * _MIB) if jax.default_backend() == "gpu" else (2 * _MIB,)
+
+
+def _manager(work: Work, sizes: Sizes, layout: Layout) -> KVCacheManager:
+    page_bytes, *large = _page_bytes()
+    spec = KVCacheSpec(
+        num_layers=sizes.num_layers,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        num_slots=len(work.kv_lens),
+        max_seq_len=max(work.kv_lens),
+        page_bytes=page_bytes,
+        large_page_bytes=tuple(large),
+        layout=layout,
+    )
+    needed = sum(spec.pages_for(length) for length in work.kv_lens) * page_bytes
+    # A large page may reach a little beyond the need.
+    return KVCacheManager(
+        spec, pool_bytes=needed + needed // 32 + (large or [page_bytes])[-1], background=False, zero_pages=False
+    )
+
+
+def _fill(manager: KVCacheManager, kv_lens: Sequence[int], layers: tuple[int, ...]) -> list[int]:
+    """Takes a slot for each length and writes random K and V to it; returns the slots."""
+    slots = [manager.allocate(length) for length in kv_lens]
+    lengths = dict(zip(slots, kv_lens, strict=True))
+    total = sum(kv_lens)
+    size = min(total, _FILL_TOKENS)
+    rows = np.repeat(np.asarray(slots, np.int32), kv_lens)
+    positions = np.concatenate([np.arange(length, dtype=np.int32) for length in kv_lens])
+    for first in range(0, total, size):
+        # The last tokens once more, with others, if they are fewer than a program takes.
+        part = slice(min(first, total - size), min(first, total - size) + size)
+        cache = manager.step(lengths)
+        kv = random_arrays(len(layers), (size, 2, *cache.views[0][0].shape[-2:]), seed=first)
+        order = _append()(cache, kv, rows[part], positions[part], layers=layers)
+        del cache
+        manager.finish(order)
+    return slots
+
+
+@functools.cache
+def _append() -> Callable[..., jax.Array]:
+    return jax.jit(append_all, static_argnames=("layers",), compiler_options=compiler_options())
+
+
+def append_all(
+    cache: KVCache, kv: Sequence[jax.Array], slots: jax.Array, positions: jax.Array, *, layers: Sequence[int]
+) -> jax.Array:
+    """The program that fills: K and V `[tokens, 2, heads, dim]` of each of `layers`. Returns the order token."""
+    for layer, each in zip(layers, kv, strict=True):
+        cache = cache.append(each, layer=layer, slots=slots, positions=positions)
+    return cache.order
+
+
+def compiler_options() -> dict[str, Any] | None:
+    """For `jax.jit` of a program that takes a cache."""
+    return dict(GPU_COMPILER_OPTIONS) if jax.default_backend() == "gpu" else None
+
+
+def _time(
+    manager: KVCacheManager, work: Work, slots: Sequence[int], name: str, sizes: Sizes, seconds: float
+) -> Outcome:
+    batch = work.batch(slots)
+    queries = random_arrays(sizes.chained, (work.num_queries, sizes.num_q_heads, sizes.head_dim), seed=1)
+    program = jax.jit(
+        functools.partial(attend, layers=sizes.layers, implementation=name), compiler_options=compiler_options()
+    )
+    cache = manager.step({})
+    timing = back_to_back(lambda: program(queries, cache, batch), jax.block_until_ready, seconds=seconds)
+    manager.finish(program(queries, cache, batch)[1])
+    return Outcome(timing.divided(sizes.chained), sizes.chained)
+
+
+def attend(
+    queries: Sequence[jax.Array], cache: KVCache, batch: RaggedBatch, *, layers: Sequence[int], implementation: str
+) -> tuple[list[jax.Array], jax.Array]:
+    """The program that is timed: one layer after the other, as the order token has it. Returns all results."""
+    results: list[jax.Array] = []
+    for layer, q in zip(layers, queries, strict=True):
+        q = after(q, results)
+        out, cache = attention(q, cache, layer=layer, batch=batch, implementation=implementation)
+        results.append(out)
+    return results, cache.order
+
+
+def after(q: jax.Array, results: list[jax.Array]) -> jax.Array:
+    """`q`, but only once the last of `results` is known, as in a model: layers do not run or finish together."""
+    if results:
+        q, results[-1] = lax.optimization_barrier((q, results[-1]))
+    return q
+
+
+@functools.partial(jax.jit, static_argnames=("shape",))
+def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.bfloat16)
+
+
+def random_arrays(count: int, shape: tuple[int, ...], *, seed: int) -> tuple[jax.Array, ...]:
+    """Normally distributed bfloat16 arrays, made on the device one at a time."""
+    return tuple(_normal(key, shape) for key in jax.random.split(jax.random.key(seed), count))
