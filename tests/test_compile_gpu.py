@@ -80,11 +80,14 @@ def compiled(target, program, spec, max_q_len):
 def gpu_kernels(each):
     """Kernels of attention; `attention_decode` of Mosaic counts, and not the one that joins its results."""
     calls = [rest for *_, opcode, rest in instructions(each) if opcode == "custom-call"]
-    return [rest for rest in calls if ("triton" in rest and "combine" not in rest) or "mosaic_gpu" in rest]
+    joins = 'name = "attention_decode_combine"'
+    return [
+        rest for rest in calls if ("triton" in rest and joins not in rest) or 'custom_call_target="mosaic_gpu' in rest
+    ]
 
 
 def mosaic_kernels(each):
-    return [rest for rest in gpu_kernels(each) if "mosaic_gpu" in rest]
+    return [rest for rest in gpu_kernels(each) if 'custom_call_target="mosaic_gpu' in rest]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

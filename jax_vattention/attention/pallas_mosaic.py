@@ -430,7 +430,7 @@ def _multiply(
             plgpu.barrier_wait((v_tail_ready if tail else v_ready).at[barrier])
             if tail:
                 # Whatever lies behind the last token, NaN too, times a weight of 0 must be 0.
-                values = plgpu.load(v, layout=plgpu.Layout.WGMMA)
+                values = plgpu.load(v, layout=plgpu.Layout.WGMMA)  # type: ignore[call-arg]  # jax 0.10 has another signature
                 valid = _valid((block_k, shape.head_dim), 0, tile * block_k, length)
                 v[...] = jnp.where(valid, values, jnp.zeros_like(values))
                 plgpu.commit_smem()
