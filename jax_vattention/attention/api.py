@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import logging
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from jax_vattention.differentiation import not_differentiable
 
 if TYPE_CHECKING:
     from jax_vattention.cache import KVCache, LayerView
+
+_log = logging.getLogger(__name__)
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -139,10 +142,17 @@ def _serving(names: tuple[str, ...], *operands: Any) -> tuple[str, ...]:
     """Those of `names` that serve these arguments; which platform it is for turns out when a program is lowered."""
     refusals = {name: _IMPLEMENTATIONS[name].refusal(*operands) for name in names}
     serving = tuple(name for name in names if refusals[name] is None)
+    for name in names[: names.index(serving[0])] if serving else ():
+        _say_once(name, str(refusals[name]))
     if not serving:
         reasons = "; ".join(f"{name!r} does not serve {refusal}" for name, refusal in refusals.items())
         raise ValueError(f"attention: {reasons}: pass implementation=None, which takes one that does")
     return serving
+
+
+@functools.cache
+def _say_once(name: str, reason: str) -> None:
+    _log.debug("attention: %r does not serve %s: the next one is taken", name, reason)
 
 
 def _branches(names: tuple[str, ...]) -> tuple[_Implementation | None, dict[str, _Implementation]]:
