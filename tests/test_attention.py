@@ -558,6 +558,14 @@ class TestArguments:
             with pytest.raises(ValueError, match="'picky' does not serve sinks: pass implementation=None"):
                 self.run(implementation="picky", sinks=sinks)
 
+    def test_a_backend_that_this_jax_does_not_have_is_passed_over(self, monkeypatch):
+        gone = api._Implementation("no_such_module", ("cpu",))
+        monkeypatch.setattr(api, "_IMPLEMENTATIONS", {"gone": gone, **api._IMPLEMENTATIONS})
+        with jax.default_device(jax.devices("cpu")[0]):
+            np.testing.assert_allclose(np.asarray(self.run()), 1, rtol=1e-6)
+            with pytest.raises(ValueError, match=r"'gone' does not serve jax .* \(No module named"):
+                self.run(implementation="gone")
+
     def test_first_implementation_for_the_platform_is_used(self):
         assert implementations() == ("mosaic", "triton", "reference")
         with jax.default_device(jax.devices("cpu")[0]):

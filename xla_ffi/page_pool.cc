@@ -71,7 +71,9 @@ std::vector<Page> PagePool::Take(const std::vector<size_t>& sizes) {
 }
 
 Page PagePool::Make(Shelf& shelf) {
-  while (created_bytes_ + shelf.page_bytes > total_bytes_) ReleaseOne();
+  while (created_bytes_ + shelf.page_bytes > total_bytes_) {
+    if (!ReleaseOne()) throw std::logic_error("the pool's pages do not add up: report this");
+  }
   for (;;) {
     try {
       Page page(memory_, shelf.page_bytes);

@@ -51,7 +51,10 @@ class _Implementation:
 
     def refusal(self, *operands: Any) -> str | None:
         """What of these arguments the implementation does not serve; None if it serves them."""
-        refusal = getattr(self.load(), "refusal", None)
+        try:
+            refusal = getattr(self.load(), "refusal", None)
+        except ImportError as error:  # Pallas' backends come and go
+            return f"jax {jax.__version__} ({error})"
         return None if refusal is None else refusal(*operands)
 
 

@@ -113,7 +113,7 @@ def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Feature
     group, head_dim = q.shape[1] // view.num_kv_heads, q.shape[2]
     slots, slot_tokens = view.k.shape[:2]
     for refused, what in (
-        (jax.__version_info__ < (0, 11), f"jax {jax.__version__}, which is older than 0.11"),
+        (jax.__version_info__[:2] != (0, 11), f"jax {jax.__version__}: this backend changes, 0.11 is what was tried"),
         (target() != "9.0", "GPUs other than Hopper (compute capability 9.0)"),
         (batch.max_q_len != 1, "requests of several queries"),
         (view.window is not None, "windows"),
