@@ -147,7 +147,8 @@ def test_france_in_a_process_of_its_own():
     assert list(kv) == ["virtual_bytes", "mapped_bytes_peak", "page_bytes", "pages_peak"]
     assert kv["virtual_bytes"] >= 64 * 8192 * 46_080  # slots, tokens, bytes of a token: 22.5 GiB
     assert kv["page_bytes"] == 2**21
-    assert kv["pages_peak"] == 1  # 45 tokens
+    # 44 tokens; a kernel may read up to the 48th, and a page holds 45.5.
+    assert kv["pages_peak"] == 2
     assert kv["mapped_bytes_peak"] == kv["pages_peak"] * kv["page_bytes"]
     assert list(seconds) == ["load", "compile", "prefill", "decode"]
     assert all(value > 0 for value in seconds.values())
