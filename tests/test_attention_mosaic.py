@@ -10,7 +10,7 @@ import test_attention as suite
 from caches import plain_cache
 from reference_attention import reference_attention
 
-from jax_vattention import KVCacheSpec, attention
+from jax_vattention import KVCacheSpec, RaggedBatch, attention
 from jax_vattention.attention import pallas_mosaic
 from jax_vattention.attention.features import Features
 
@@ -53,11 +53,9 @@ def test_in_the_interpreter(lengths, options):
     contents = {slot: suite.random_kv(rng, spec, length) for slot, length in enumerate(lengths) if length}
     cache = plain_cache(spec, contents)
     q = jnp.asarray(rng.standard_normal((requests + 2, heads * group, dim)), spec.dtype)
-    batch = suite.make_batch(range(requests), [min(length, 1) for length in lengths], lengths, max_q_len=1)
-    batch = jax.tree.map(lambda x: x, batch)
+    kv_lens = jnp.asarray(lengths, jnp.int32)
+    batch = RaggedBatch.decode(jnp.arange(requests, dtype=jnp.int32), kv_lens, kv_lens > 0)
     sinks = jnp.asarray(rng.standard_normal(heads * group), jnp.float32) if options.get("sinks") else None
-    starts = np.arange(requests, dtype=np.int32)  # idle rows too
-    batch = type(batch)(batch.slots, jnp.asarray(starts), batch.q_lens, batch.kv_lens, max_q_len=1)
     out, order = pallas_mosaic.run(
         q,
         cache.layer_view(1),

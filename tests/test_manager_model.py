@@ -34,19 +34,15 @@ from jax_vattention.spec import LayerGroup
 
 SLOTS, SLOT_PAGES = 5, 10
 STEPS = 50  # of one machine
+COUNTED = ("adoptions", "unmaps", "reclaims", "zeroed_pages", "maps_ahead", "maps_eager", "background_failures")
+"""By the manager itself."""
 HAPPENS = (
     "programs",
     "steps without pages",
     "steps that a driver call failed",
     "steps that failed late",
     "all slots taken",
-    "adoptions",
-    "unmaps",
-    "reclaims",
-    "zeroed_pages",
-    "maps_ahead",
-    "maps_eager",
-    "background_failures",
+    *COUNTED,
 )
 
 # Bytes of a device
@@ -375,7 +371,7 @@ class ManagerModel(RuleBasedStateMachine):
         assert stats.pages_retained_live <= stats.pages_retained, stats
         assert stats.slots_live == len(self.live)
         assert stats.tokens_live == sum(request.length for request in self.live.values())
-        needed = sum(self.pages_for(request.length) for request in self.live.values())
+        needed = sum(self.spec.pages_for(request.length) for request in self.live.values())
         windows = any(group.window for group in self.spec.kv_groups)
         assert stats.pages_mapped == needed or (windows and stats.pages_mapped < needed)
         assert stats.needed_bytes <= stats.mapped_bytes
@@ -403,22 +399,11 @@ class ManagerModel(RuleBasedStateMachine):
         stats = self.manager.stats()
         assert (stats.pages_mapped, stats.pages_retired) == (0, 0)
         self.check_native()
-        for name in (
-            "adoptions",
-            "unmaps",
-            "reclaims",
-            "zeroed_pages",
-            "maps_ahead",
-            "maps_eager",
-            "background_failures",
-        ):
+        for name in COUNTED:
             self.seen[name] += getattr(stats, name)
         self.manager.close()
 
     # Pieces
-
-    def pages_for(self, tokens: int) -> int:
-        return self.spec.pages_for(tokens)
 
     def books(self) -> tuple[Any, ...]:
         """What a call that raises leaves as it was."""
