@@ -60,7 +60,7 @@ def repeat(action: Callable[[], Any], repeats: int, *, warmup: int = 1) -> Timin
     return Timing.of(seconds)
 
 
-_SAMPLE_SECONDS = 0.02  # of one measurement of `back_to_back`: long beside one launch and one wait
+_SAMPLE_SECONDS = 0.04  # of one measurement of `back_to_back`: long beside the jitter of one launch and one wait
 
 
 def back_to_back(
@@ -70,36 +70,38 @@ def back_to_back(
     seconds: float,
     fewest: int = 5,
     most: int = 200,
-    most_launches: int = 32,
+    most_launches: int = 33,
 ) -> Timing:
     """Times work that a device does while the host goes on.
 
-    A measurement is several launches and one wait, divided by the launches: while one runs the host launches the
-    next, so that what launching takes is hidden as it is in a serving loop. Their number adapts to the work.
+    A measurement is the difference between several launches with one wait and one launch with one wait, divided by
+    the launches more: what the host takes before the device begins and after it has ended, up to a millisecond with
+    large programs, is in both. While one runs the host launches the next, so what launching takes is hidden as it is in
+    a serving loop. Their number adapts to the work.
 
     Args:
       launch: starts the work once and returns what `wait` takes; later work starts when earlier work is over.
       wait: returns when it is over.
       seconds: to measure for, after a warm-up of a fifth of that; at least `fewest` and at most `most` measurements.
-      most_launches: before a wait: until then all their results may take memory.
+      most_launches: before a wait, at least 2: until then all their results may take memory.
     """
     wait(launch())  # compiles, and loads what is loaded late
-    once = best = float("inf")
-    end = perf_counter() + seconds / 5
-    while once == float("inf") or perf_counter() < end:
-        start = perf_counter()
-        wait(launch())
-        once = perf_counter() - start
-        best = min(best, once)
-    launches = max(1, min(most_launches, round(_SAMPLE_SECONDS / best)))
 
-    def sample() -> None:
+    def elapsed(launches: int) -> float:
+        start = perf_counter()
         for _ in range(launches):
             result = launch()
         wait(result)
+        return perf_counter() - start
 
-    count = max(fewest, min(most, round(seconds / (best * launches))))
-    return repeat(sample, count).divided(launches)
+    best = elapsed(1)
+    end = perf_counter() + seconds / 5
+    while perf_counter() < end:
+        best = min(best, elapsed(1))
+    launches = max(2, min(most_launches, round(_SAMPLE_SECONDS / best)))
+    count = max(fewest, min(most, round(seconds / (best * (launches + 1)))))
+    samples = [((elapsed(launches) - once) / (launches - 1)) for once in (elapsed(1) for _ in range(count))]
+    return Timing.of(samples)
 
 
 def interleave(actions: Sequence[Callable[[], Any]], repeats: int, *, warmup: int = 1) -> list[list[Any]]:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 KV_TAIL_TOKENS = 8
-"""A kernel may read a slot's tokens up to its length rounded up to this many; the manager maps that far.
+"""A kernel may read a slot's tokens up to its length rounded up to this many; the manager maps that far. Behind a
+sliding window it may read from the window's first token rounded down to this many.
 
 8 is the shortest piece that a GPU copies into the shared memory layout of its tensor cores. A page of 2 MiB mostly
 holds a multiple of 8 tokens, and then this maps nothing more.
@@ -123,8 +124,8 @@ class KVGroup:
         return min(tokens, self.max_seq_len)
 
     def pages_before(self, token: int) -> int:
-        """Pages of a slot that hold nothing of `token` and of what follows it."""
-        return token * self.token_bytes // self.page_bytes
+        """Pages of a slot that hold nothing of what a kernel reads for `token` and what follows it: whole eights."""
+        return token // KV_TAIL_TOKENS * KV_TAIL_TOKENS * self.token_bytes // self.page_bytes
 
     def first_token_in(self, page: int) -> int:
         """The first token that lies wholly at or behind the start of a page."""

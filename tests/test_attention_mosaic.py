@@ -10,8 +10,8 @@ import test_attention as suite
 from caches import plain_cache
 from reference_attention import reference_attention
 
-from jax_vattention import KVCacheSpec, RaggedBatch, attention
-from jax_vattention.attention import pallas_mosaic
+from jax_vattention import KVCacheSpec, LayerGroup, attention
+from jax_vattention.attention import mosaic_decode, pallas_mosaic
 from jax_vattention.attention.features import Features
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -35,9 +35,13 @@ def interpreter():
         ([130, 1, 64, 63, 300], {"blocks": 1}),
         ([0, 33, 0, 600, 0, 5], {"blocks": 3}),
         ([257, 64], {"layout": "layer_major", "group": 8}),
-        ([70, 200], {"group": 1, "dtype": "float16"}),
-        ([70, 200], {"group": 12, "kv_heads": 1}),
+        ([70, 200], {"group": 1, "dtype": "float16", "head_dim": 96}),
+        ([70, 200], {"group": 12, "kv_heads": 1, "streams": 1}),
         ([70, 9], {"group": 3, "soft_cap": 2.0, "sinks": True}),
+        ([300, 40, 101, 0], {"window": 100, "blocks": 1}),
+        ([300, 2, 65, 0, 64], {"queries": [2, 2, 1, 0, 2]}),
+        ([130, 60, 9], {"queries": [3, 3, 3], "prefix": [129, 0, 5], "blocks": 3}),
+        ([220, 33], {"queries": [4, 1], "window": 50}),
         ([0, 0], {}),
     ],
     ids=str,
@@ -46,37 +50,51 @@ def test_in_the_interpreter(lengths, options):
     options = {"head_dim": 64, "kv_heads": 2, "group": 4, "blocks": 2, "dtype": "bfloat16"} | options
     params = interpreter()
     requests, heads, group, dim = len(lengths), options["kv_heads"], options["group"], options["head_dim"]
+    q_lens = options.get("queries", [int(length > 0) for length in lengths])
+    window = options.get("window")
+    groups = () if window is None else (LayerGroup((0, 1), window=window),)
     layout = options.get("layout", "token_major")
-    spec = KVCacheSpec(2, heads, dim, requests + 1, 704, options["dtype"], 4096, layout=layout)
+    spec = KVCacheSpec(2, heads, dim, requests + 1, 704, options["dtype"], 4096, layout=layout, groups=groups)
     rng = np.random.default_rng(0)
-    # What no token was written to is NaN.
+    # What no token was written to is NaN, and what lies behind a window.
     contents = {slot: suite.random_kv(rng, spec, length) for slot, length in enumerate(lengths) if length}
-    cache = plain_cache(spec, contents)
-    q = jnp.asarray(rng.standard_normal((requests + 2, heads * group, dim)), spec.dtype)
-    kv_lens = jnp.asarray(lengths, jnp.int32)
-    batch = RaggedBatch.decode(jnp.arange(requests, dtype=jnp.int32), kv_lens, kv_lens > 0)
+    cache = plain_cache(spec, contents, {slot: lengths[slot] - q_lens[slot] for slot in contents})
+    tokens = sum(q_lens) + 2
+    q = jnp.asarray(rng.standard_normal((tokens, heads * group, dim)), spec.dtype)
+    batch = suite.make_batch(range(requests), q_lens, lengths, max_q_len=max(1, *q_lens))
     sinks = jnp.asarray(rng.standard_normal(heads * group), jnp.float32) if options.get("sinks") else None
-    out, order = pallas_mosaic.run(
+    prefix = options.get("prefix")
+    features = Features(options.get("soft_cap"), sinks, None if prefix is None else jnp.asarray(prefix, jnp.int32))
+    out, order = mosaic_decode.run(
         q,
         cache.layer_view(1),
         cache.order,
         batch,
-        Features(soft_cap=options.get("soft_cap"), sinks=sinks),
+        features,
         scale=dim**-0.5,
-        tiling=pallas_mosaic.Tiling(blocks=options["blocks"]),
+        tiling=mosaic_decode.Tiling(blocks=options["blocks"], streams=options.get("streams", 2)),
         interpret=params,
-        interpret_combine=True,
+        interpret_tables=True,
     )
     np.testing.assert_array_equal(order, 0)
     out = np.asarray(out.astype(jnp.float32))
-    for row in range(requests + 2):
-        if row >= requests or not lengths[row]:
-            np.testing.assert_array_equal(out[row], 0)
+    np.testing.assert_array_equal(out[-2:], 0)
+    queries, at = np.asarray(q.astype(jnp.float32)), 0
+    for row, (length, count) in enumerate(zip(lengths, q_lens, strict=True)):
+        if not count:
             continue
         kv = contents[row][:, 1]
-        query = np.asarray(q[row : row + 1].astype(jnp.float32))
-        expected = reference_attention(query, kv[:, 0], kv[:, 1], soft_cap=options.get("soft_cap"), sinks=sinks)
-        np.testing.assert_allclose(out[row], expected[0], atol=1e-2, rtol=1e-2)
+        expected = reference_attention(
+            queries[at : at + count],
+            kv[:, 0],
+            kv[:, 1],
+            window=window,
+            soft_cap=options.get("soft_cap"),
+            sinks=sinks,
+            prefix_len=0 if prefix is None else min(prefix[row], length),
+        )
+        np.testing.assert_allclose(out[at : at + count], expected, atol=1e-2, rtol=1e-2)
+        at += count
 
 
 def test_what_is_not_served_is_said_and_the_next_one_taken():
@@ -91,13 +109,14 @@ def test_what_is_not_served_is_said_and_the_next_one_taken():
 # On the GPU
 
 
-def check(requests, *, q_heads=32, layers=(31,), num_layers=32, dtype="bfloat16", **options):
+def check(requests, *, q_heads=32, layers=(31,), num_layers=32, dtype="bfloat16", features=suite.NONE, **options):
     """`test_attention.check`, at the Llama-3-8B shape unless said; skipped where the GPU is no Hopper."""
     if pallas_mosaic.target() != "9.0":
         pytest.skip("no Hopper GPU")
     sizes = {"head_dim": 128, "kv_heads": 8, "max_seq_len": 1100, "num_slots": len(requests)} | options
     spec = suite.make_spec("mosaic", dtype=dtype, layers=num_layers, **sizes)
-    suite.check("mosaic", spec, q_heads, requests, layers=layers, tokens=len(requests) + 1, max_q_len=1)
+    tokens, longest = sum(count for count, _ in requests) + 1, max(count for count, _ in requests)
+    suite.check("mosaic", spec, q_heads, requests, layers=layers, tokens=tokens, max_q_len=longest, features=features)
 
 
 @pytest.mark.gpu
@@ -122,8 +141,28 @@ def test_pages_that_hold_no_whole_number_of_boxes(end):
         {"dtype": "float16", "num_layers": 2, "layers": (0, 1)},
         {"head_dim": 64, "q_heads": 8},
         {"kv_heads": 1, "q_heads": 12, "num_layers": 2, "layers": (1,)},
+        {"kv_heads": 32, "num_layers": 4, "layers": (1,)},
+        {"head_dim": 96, "num_layers": 4, "layers": (1,)},
+        {"head_dim": 192, "num_layers": 4, "layers": (3,)},
+        {"head_dim": 256, "kv_heads": 4, "q_heads": 16, "num_layers": 4, "layers": (3,)},
+        {"groups": (LayerGroup((0, 1), window=100),), "num_layers": 2, "layers": (1,)},
+        {"groups": (LayerGroup((0, 1), window=700),), "num_layers": 2, "layers": (1,), "head_dim": 256},
     ],
     ids=str,
 )
 def test_shapes(options):
     check([(1, 1), (1, 63), (0, 0), (1, 300), (1, 1000)], **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
+def test_several_queries(window):
+    """As speculative decoding asks for."""
+    groups = () if window is None else (LayerGroup(tuple(range(8)), window=window),)
+    check([(4, 4), (1, 63), (0, 0), (3, 300), (4, 1000), (2, 66)], num_layers=8, layers=(7,), groups=groups)
+
+
+@pytest.mark.gpu
+def test_features():
+    features = Features(20.0, jnp.linspace(-2, 3, 32), jnp.asarray([3, 64, 0, 0], jnp.int32))
+    check([(4, 4), (2, 63), (1, 300), (4, 1000)], num_layers=8, layers=(7,), features=features)

@@ -13,7 +13,7 @@ import pytest
 from caches import plain_cache, read_token
 
 from benchmarks import __main__ as command
-from benchmarks import _alternatives, _attention, decode
+from benchmarks import _alternatives, _attention, _timing, decode
 from benchmarks._report import Column, Report, Table
 from benchmarks._timing import Timing, back_to_back, interleave
 from jax_vattention import KVCacheSpec
@@ -76,13 +76,22 @@ def test_timing_and_interleaving():
     assert "".join(calls) == "ba" + "ab" + "ba"
 
 
-def test_back_to_back_divides_a_measurement_by_its_launches():
-    launched, waited = [], []
-    timing = back_to_back(lambda: launched.append(0), waited.append, seconds=0.0, fewest=4, most=9)
-    assert len(timing.seconds) == 4
-    # Two that only warm up, then launches with one wait for each measurement, of which one warms up.
-    assert (len(launched) - 2) % (len(waited) - 2) == 0
-    assert len(waited) == 2 + 1 + 4
+def test_back_to_back_takes_off_what_launching_and_waiting_cost(monkeypatch):
+    now, waited = [0.0], []
+    monkeypatch.setattr(_timing, "perf_counter", lambda: now[0])
+
+    def launch():
+        now[0] += 0.002
+
+    def wait(_):
+        waited.append(0)
+        now[0] += 0.01
+
+    timing = back_to_back(launch, wait, seconds=0.1, fewest=4, most=9)
+    assert timing.seconds == pytest.approx([0.002] * len(timing.seconds))
+    assert 4 <= len(timing.seconds) <= 9
+    # Two waits for each measurement: after one launch, and after several.
+    assert len(waited) > 2 * len(timing.seconds)
     assert timing.divided(4).median == pytest.approx(timing.median / 4)
 
 

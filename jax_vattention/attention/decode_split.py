@@ -1,0 +1,252 @@
+"""How decode attention is split over the streams of a GPU, and how what they found is joined.
+
+As in Stream-K (Osama et al., arXiv 2301.03598) the keys of all requests and KV heads stand in one row, and every stream
+takes an equal part of it, whatever the lengths. A pair of a KV head and a request whose keys lie in the parts of
+several streams is joined afterwards, as in Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023).
+
+The row has one head after the other, and in each all requests: streams that are `streams / heads` apart read the same
+tokens of different heads at the same time, and these are neighbours in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from jax_vattention.attention.features import Features
+from jax_vattention.batch import RaggedBatch
+from jax_vattention.cache import LayerView
+from jax_vattention.spec import KV_TAIL_TOKENS
+
+_LOG2_E = math.log2(math.e)
+
+GRAIN = 16
+"""Keys of a unit: a part ends at a whole number of them, or at the end of a request."""
+_SEARCHED_ELEMENTS = 8192
+"""Comparisons that `_schedule_kernel` makes at once."""
+_JOINED_ELEMENTS = 8192
+"""Of partial results that `_join_kernel` reads at once, where there are many."""
+
+
+# Columns of `Split.requests`.
+TOKEN, ROW, QUERIES, LENGTH, LOWER, PREFIX, START, UNITS = range(8)
+# Columns of `Split.streams`.
+FIRST_PAIR, FIRST_KEY, NUM_UNITS, NUM_PAIRS, ALL_UNITS = range(5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Who does what. It depends on no layer: XLA computes it once in a program.
+
+    Pair `p` is KV head `p // requests` of request `p % requests`.
+    """
+
+    requests: jax.Array
+    """int32 `[requests, 8]`: first query token, row of token 0 in the view, queries, keys (0 without queries), the
+    first key that its first query sees, length of its bidirectional prefix, units before it, and its own units."""
+    streams: jax.Array
+    """int32 `[streams, 8]`: first pair, first key of it, units, pairs, and the units of all requests of one head."""
+    owners: jax.Array
+    """int32 `[tokens]`: the request whose query a token is, or -1."""
+
+
+def first_unit_key(lower: jax.Array) -> jax.Array:
+    """The key with which the first unit of a request begins, given the first key that is seen."""
+    return lax.div(lower, KV_TAIL_TOKENS) * KV_TAIL_TOKENS
+
+
+def split(
+    batch: RaggedBatch, view: LayerView, features: Features, *, tokens: int, heads: int, streams: int, interpret: bool
+) -> Split:
+    """Shares the keys of a batch out over `streams` streams."""
+    slot_tokens = view.k.shape[1]
+    slots = jnp.clip(batch.slots, 0, view.mapped.shape[1] - 1)
+    mapped_first = None if view.window is None else view.mapped[0, slots]
+    requests, table, owners = pl.pallas_call(
+        functools.partial(_schedule_kernel, heads=heads, slot_tokens=slot_tokens, window=view.window),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch.num_requests, 8), jnp.int32),
+            jax.ShapeDtypeStruct((streams, 8), jnp.int32),
+            jax.ShapeDtypeStruct((tokens,), jnp.int32),
+        ],
+        compiler_params=triton.CompilerParams(num_warps=8),
+        interpret=interpret,
+        name="attention_decode_schedule",
+    )(slots, batch.q_starts, batch.q_lens, batch.kv_lens, mapped_first, features.prefix_lens)
+    return Split(requests, table, owners)
+
+
+def _schedule_kernel(
+    slots,
+    q_starts,
+    q_lens,
+    kv_lens,
+    mapped_first,
+    prefix_lens,
+    requests,
+    streams,
+    owners,
+    *,
+    heads,
+    slot_tokens,
+    window,
+):
+    count = slots.shape[0]
+    rows = jnp.arange(pl.next_power_of_2(count), dtype=jnp.int32)
+    there = rows < count
+
+    def read(ref, other=0):
+        return triton.load(ref.at[rows], mask=there, other=other)
+
+    queries, starts = read(q_lens), read(q_starts)
+    lengths = jnp.where(queries > 0, read(kv_lens), 0)
+    lower = jnp.zeros_like(lengths)
+    if window is not None:
+        mapped = -(-read(mapped_first) // KV_TAIL_TOKENS) * KV_TAIL_TOKENS  # for a unit begins with an eight of keys
+        lower = jnp.minimum(jnp.maximum(lengths - queries - window + 1, mapped), lengths)
+    units = (lengths - first_unit_key(lower) + GRAIN - 1) // GRAIN
+    ends = jnp.cumsum(units)
+    total = jnp.sum(units)
+    prefix = jnp.zeros_like(lengths) if prefix_lens is None else read(prefix_lens)
+    columns = (starts, read(slots) * slot_tokens, queries, lengths, lower, prefix, ends - units, units)
+    for column, values in enumerate(columns):
+        triton.store(requests.at[rows, column], values, mask=there)
+
+    # Requests behind the last one have no unit: no search finds them.
+    chunk = max(1, _SEARCHED_ELEMENTS // rows.size)
+    each, more = _shares(total, heads, streams.shape[0])
+
+    def search(i, _):
+        stream = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
+        low = stream * each + jnp.minimum(stream, more)
+        own = each + (stream < more).astype(jnp.int32)
+
+        def pair_of(unit):
+            head = jnp.minimum(unit // jnp.maximum(total, 1), heads - 1)
+            within = unit - head * total
+            before = ends[None, :] <= within[:, None]
+            request = jnp.minimum(jnp.sum(before.astype(jnp.int32), axis=1), count - 1)
+            skipped = jnp.sum(jnp.where(before, units[None, :], 0), axis=1)
+            seen = jnp.sum(jnp.where(rows[None, :] == request[:, None], first_unit_key(lower)[None, :], 0), axis=1)
+            return head * count + request, seen + (within - skipped) * GRAIN
+
+        (first, key), (last, _) = pair_of(low), pair_of(low + own - 1)
+        pairs = jnp.where(own > 0, last - first + 1, 0)
+        mask = stream < streams.shape[0]
+        for column, values in enumerate((first, key, own, pairs, jnp.broadcast_to(total, stream.shape))):
+            triton.store(streams.at[stream, column], values, mask=mask)
+
+    lax.fori_loop(0, pl.cdiv(streams.shape[0], chunk), search, None)
+
+    def own(i, _):
+        token = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
+        owned = (token[:, None] >= starts[None, :]) & (token[:, None] < (starts + queries)[None, :]) & there[None, :]
+        owner = jnp.max(jnp.where(owned, rows[None, :], -1), axis=1)
+        triton.store(owners.at[token], owner, mask=token < owners.shape[0])
+
+    lax.fori_loop(0, pl.cdiv(owners.shape[0], chunk), own, None)
+
+
+def _shares(total: jax.Array, heads: int, streams: int) -> tuple[jax.Array, jax.Array]:
+    """Units of each stream, and how many of the first streams take one more."""
+    return total * heads // streams, total * heads % streams
+
+
+def _stream_of(unit: jax.Array, each: jax.Array, more: jax.Array) -> jax.Array:
+    """The stream that has a unit of the row."""
+    wide = more * (each + 1)
+    return jnp.where(unit < wide, unit // (each + 1), more + (unit - wide) // jnp.maximum(each, 1))
+
+
+def join(
+    parts: jax.Array,
+    lse: jax.Array,
+    split: Split,
+    q: jax.Array,
+    order: jax.Array,
+    features: Features,
+    *,
+    heads: int,
+    first_row: Any,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Joins what several streams found for a pair.
+
+    Args:
+      parts, lse: `[segments, rows, head_dim]` and `[segments, rows]`: results over some of the keys, and the base 2
+        logarithm of their sums of exponentials. What stream `s` found for pair `p` is in segment `p + s`: from one
+        piece of work to the next the pair, the stream or both are one higher.
+      first_row: of a KV head and a query of a request, int32: which row has the first of its query heads.
+
+    Returns:
+      `(out, order)`; rows of `out` that no request owns are 0.
+    """
+    order, out = pl.pallas_call(
+        functools.partial(_join_kernel, heads=heads, first_row=first_row),
+        out_shape=[jax.ShapeDtypeStruct(order.shape, order.dtype), jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        grid=(heads, q.shape[0]),
+        input_output_aliases={0: 0},
+        compiler_params=triton.CompilerParams(num_warps=4),
+        interpret=interpret,
+        name="attention_decode_combine",
+    )(order, split.owners, split.requests, split.streams, parts, lse, features.sinks)
+    return out, order
+
+
+def _join_kernel(_, owners, requests, streams, parts, lse, sinks, __, out_ref, *, heads: int, first_row: Any):
+    """The query heads of one token that share a KV head; zeros if no request owns the token."""
+    head, token = pl.program_id(0), pl.program_id(1)
+    group, head_dim = out_ref.shape[1] // heads, out_ref.shape[2]
+    total = streams[0, ALL_UNITS]
+    owner = owners[token]
+    request = jnp.maximum(owner, 0)
+    units = jnp.where(owner < 0, 0, requests[request, UNITS])
+    unit = head * total + requests[request, START]
+    shares = _shares(total, heads, streams.shape[0])
+    from_stream, to_stream = _stream_of(unit, *shares), _stream_of(unit + units - 1, *shares)
+    first = head * requests.shape[0] + request + from_stream
+    end = jnp.where(units > 0, first + to_stream - from_stream + 1, first)
+    rows, dim = jnp.arange(pl.next_power_of_2(group)), jnp.arange(pl.next_power_of_2(head_dim))
+    used = rows < group
+    tile_used = used[:, None] & (dim < head_dim)[None, :]
+    own_rows = first_row(head, token - requests[request, TOKEN]) + rows
+
+    def add(chunk: int, begin, i, state):
+        maximum, total, acc = state
+        segment = begin + i * chunk + jnp.arange(chunk)
+        there = (segment < end)[:, None] & used[None, :]
+        part_lse = triton.load(lse.at[segment[:, None], own_rows[None, :]], mask=there, other=-jnp.inf)
+        at = parts.at[segment[:, None, None], own_rows[None, :, None], dim[None, None, :]]
+        mask = there[:, :, None] & tile_used[None, :, :]
+        part = triton.load(at, mask=mask, other=0).astype(jnp.float32)
+        new_maximum = jnp.where(used, jnp.maximum(maximum, part_lse.max(axis=0)), 0)
+        # Of a piece in which a row sees no key.
+        base = jnp.where(new_maximum == -jnp.inf, 0, new_maximum)
+        shrink, weights = jnp.exp2(maximum - base), jnp.exp2(part_lse - base[None, :])
+        acc = acc * shrink[:, None] + (part * weights[:, :, None]).sum(axis=0)
+        return new_maximum, total * shrink + weights.sum(axis=0), acc
+
+    state = (
+        jnp.full(rows.shape, -jnp.inf, jnp.float32),
+        jnp.zeros(rows.shape, jnp.float32),
+        jnp.zeros((rows.size, dim.size), jnp.float32),
+    )
+    # Most pairs are in one piece or two. Of many, as many at a time as registers hold: each would wait for memory.
+    few, many = 2, max(2, _JOINED_ELEMENTS // (rows.size * dim.size))
+    state = add(few, first, 0, state)
+    left = jnp.maximum(end - first - few, 0)
+    maximum, total, acc = lax.fori_loop(0, pl.cdiv(left, many), functools.partial(add, many, first + few), state)
+    if sinks is not None:
+        sink = triton.load(sinks.at[head * group + rows], mask=used, other=0)
+        total += jnp.exp2(sink * _LOG2_E - maximum)
+    out = acc / jnp.where(total == 0, 1, total)[:, None]
+    at = out_ref.at[token, (head * group + rows)[:, None], dim[None, :]]
+    triton.store(at, out.astype(out_ref.dtype), mask=tile_used)

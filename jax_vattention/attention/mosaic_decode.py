@@ -1,0 +1,564 @@
+"""Decode attention through Pallas' Mosaic GPU backend: Hopper GPUs.
+
+Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023) with the keys split evenly over the GPU (see `decode_split`).
+
+A block holds streams, each a pair of warpgroups: one that copies tiles of K and V into shared memory with the tensor
+memory accelerator, and one that multiplies them with the query heads that share the KV head, as rows of one `wgmma`.
+
+What is not mapped is never addressed: a last tile is copied in boxes of `KV_TAIL_TOKENS` tokens, up to which the
+manager maps, and in the place of a box without a token of the request the first one is copied again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_vattention.attention import decode_split as tables
+from jax_vattention.attention.decode_split import GRAIN
+from jax_vattention.attention.features import Features
+from jax_vattention.batch import RaggedBatch
+from jax_vattention.cache import LayerView
+from jax_vattention.spec import KV_TAIL_TOKENS
+
+_LOG2_E = math.log2(math.e)
+ROWS = 64
+"""Of a `wgmma`: the query heads are the first of them, the rest is padding."""
+_BOX = KV_TAIL_TOKENS
+"""Tokens of the smallest copy: rows of a swizzled tile in shared memory."""
+_BLOCKS = 132
+"""Multiprocessors of an H100 or H200; a block fills one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """What may be tuned: shared memory holds `block_k * stages` tokens of K and V for each of the streams."""
+
+    block_k: int = 64
+    """Tokens of a tile."""
+    stages: int = 2
+    """Tiles of a stream that are in flight or being read."""
+    streams: int = 2
+    """Of a block."""
+    blocks: int = _BLOCKS
+
+
+def default_tiling(head_dim: int) -> Tiling:
+    """What fits in shared memory."""
+    return Tiling() if head_dim <= 128 else Tiling(stages=2, streams=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """Static sizes of a kernel."""
+
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    queries: int
+    """Most of a request."""
+    tiling: Tiling
+    scale: float
+    soft_cap: float | None
+    window: int | None
+    prefixes: bool
+    column_stride: int
+    """Columns of a token's row in a view from one layer to the next: a column is one head of K or of V."""
+    v_column: int
+    """Where V of a layer begins, in columns from its K; 0 where V is an array of its own."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the query tile that are copied."""
+        return -(-self.queries * self.group // _BOX) * _BOX
+
+    @property
+    def sharing(self) -> int:
+        """KV heads whose query heads are neighbours in one query tile; each uses rows of its own."""
+        fits = self.queries == 1 and _BOX % self.group == 0 and self.num_kv_heads * self.group % _BOX == 0
+        return _BOX // self.group if fits else 1
+
+    def query_tile(self, request: jax.Array, token: jax.Array, head: jax.Array) -> jax.Array:
+        """Which of `query_tiles` holds the query heads of a KV head."""
+        row = token if self.queries == 1 else request
+        return lax.div(row * self.num_kv_heads + head, self.sharing)
+
+    def first_row(self, head: jax.Array, query: jax.Array) -> jax.Array:
+        """Row in a query tile of the first query head of a KV head, for a request's query of this number."""
+        return lax.rem(head, self.sharing) * self.group + query * self.group
+
+    def query_tiles(self, q: jax.Array, batch: RaggedBatch) -> jax.Array:
+        """`[tiles, rows, head_dim]`: the same memory, if a request has one query and rows need no padding."""
+        if self.queries == 1 and (self.sharing > 1 or self.group == self.rows):
+            return q.reshape(-1, self.rows, self.head_dim)
+        if self.queries == 1:
+            q = q.reshape(-1, self.group, self.head_dim)
+        else:
+            at = batch.q_starts[:, None] + jnp.arange(self.queries, dtype=jnp.int32)
+            q = q[jnp.minimum(at, q.shape[0] - 1)].reshape(
+                -1, self.queries, self.num_kv_heads, self.group, self.head_dim
+            )
+            q = q.swapaxes(1, 2).reshape(-1, self.queries * self.group, self.head_dim)
+        return jnp.pad(q, ((0, 0), (0, self.rows - q.shape[1]), (0, 0)))
+
+    @property
+    def streams(self) -> int:
+        return self.tiling.blocks * self.tiling.streams
+
+    @property
+    def one_limit(self) -> bool:
+        """Whether all rows of a query tile see the same keys."""
+        return self.queries == 1
+
+    @property
+    def all_see_keys(self) -> bool:
+        """Whether a row that sees none of a tile's keys has seen some before."""
+        return self.one_limit and self.window is None
+
+
+def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
+    """What it does not serve of these arguments; None if it serves them."""
+    del features  # all of them
+    group, head_dim = q.shape[1] // view.num_kv_heads, q.shape[2]
+    slots, slot_tokens = view.k.shape[:2]
+    for refused, what in (
+        (q.dtype != view.k.dtype or q.dtype not in (jnp.bfloat16, jnp.float16), "types but bfloat16 and float16"),
+        (head_dim not in (64, 96, 128, 192, 256), f"head_dim {head_dim}"),
+        (group * batch.max_q_len > ROWS, f"{batch.max_q_len} queries of {group} query heads for a KV head"),
+        (slot_tokens % _BOX, f"slots of {slot_tokens} tokens"),
+        (slots * slot_tokens >= 2**31, f"{slots} slots of {slot_tokens} tokens"),
+        (slots * slot_tokens // GRAIN * view.num_kv_heads >= 2**31, f"{slots} slots of {slot_tokens} tokens"),
+    ):
+        if refused:
+            return what
+    return None
+
+
+def run(
+    q: jax.Array,
+    view: LayerView,
+    order: jax.Array,
+    batch: RaggedBatch,
+    features: Features,
+    *,
+    scale: float,
+    tiling: Tiling | None = None,
+    interpret: Any = False,
+    interpret_tables: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `attention`; returns `(out, order)`."""
+    num_kv_heads = view.num_kv_heads
+    interleaved = view.v is None
+    shape = _Shape(
+        num_kv_heads=num_kv_heads,
+        group=q.shape[1] // num_kv_heads,
+        head_dim=q.shape[2],
+        queries=batch.max_q_len,
+        tiling=tiling or default_tiling(q.shape[2]),
+        scale=scale,
+        soft_cap=features.soft_cap,
+        window=view.window,
+        prefixes=features.prefix_lens is not None,
+        column_stride=2 * num_kv_heads if interleaved else 0,
+        v_column=num_kv_heads if interleaved else 0,
+    )
+    # Rows of tokens, and in each a column for every head: a view of the same memory.
+    k, v = (each.reshape(view.k.shape[0] * view.k.shape[1], -1, shape.head_dim) for each in view.views)
+    split = tables.split(
+        batch, view, features, tokens=q.shape[0], heads=num_kv_heads, streams=shape.streams, interpret=interpret_tables
+    )
+    segments = batch.num_requests * num_kv_heads + shape.streams
+    parts, lse = plgpu.kernel(
+        functools.partial(_decode, shape=shape),
+        out_type=(
+            jax.ShapeDtypeStruct((segments, shape.rows, shape.head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((segments, shape.rows), jnp.float32),
+        ),
+        scratch_types=_scratch(shape, q.dtype),
+        grid=(shape.tiling.blocks,),
+        grid_names=("block",),
+        num_threads=2 * shape.tiling.streams,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        interpret=interpret,
+        kernel_name="attention_decode",
+    )(shape.query_tiles(q, batch), k, v, split.requests, split.streams, view.layer.reshape(1), order)
+    return tables.join(
+        parts, lse, split, q, order, features, heads=num_kv_heads, first_row=shape.first_row, interpret=interpret_tables
+    )
+
+
+def _scratch(shape: _Shape, dtype: Any) -> dict[str, Any]:
+    """Shared memory of a block, for each stream."""
+    streams, stages, block_k = shape.tiling.streams, shape.tiling.stages, shape.tiling.block_k
+
+    def tiles(*sizes: int, dtype: Any = dtype):
+        swizzle = 128 if shape.head_dim % 64 == 0 else 64
+        width = swizzle // jnp.dtype(dtype).itemsize
+        transforms = (plgpu.TilingTransform((_BOX, width)), plgpu.SwizzleTransform(swizzle))
+        return plgpu.SMEM((streams, *sizes), dtype, transforms=transforms)
+
+    many = streams * stages
+    return {
+        "q_smem": tiles(ROWS, shape.head_dim),
+        "k_smem": tiles(stages, block_k, shape.head_dim),
+        "v_smem": tiles(stages, block_k, shape.head_dim),
+        "out_smem": tiles(ROWS, shape.head_dim, dtype=jnp.float32),
+        "lse_smem": plgpu.SMEM((streams, ROWS), jnp.float32),
+        "q_ready": plgpu.Barrier(num_barriers=streams),
+        "k_ready": plgpu.Barrier(num_barriers=many),
+        "v_ready": plgpu.Barrier(num_barriers=many),
+        "k_tail_ready": plgpu.Barrier(num_arrivals=block_k // _BOX, num_barriers=many),
+        "v_tail_ready": plgpu.Barrier(num_arrivals=block_k // _BOX, num_barriers=many),
+        "k_free": plgpu.Barrier(num_barriers=many),
+        "v_free": plgpu.Barrier(num_barriers=many),
+    }
+
+
+def _decode(q_ref, k_ref, v_ref, requests, streams, layer_ref, order, parts_ref, lse_ref, *, shape: _Shape, **scratch):
+    """One block; `decode_split.Split` has the tables, `_scratch` the rest.
+
+    Args:
+      q_ref: see `_Shape.query_tiles`.
+      k_ref, v_ref: `[slots * slot_tokens, columns, head_dim]`.
+      order: not used here: to have it makes the read come after the append that returned it.
+      parts_ref, lse_ref: see `decode_split.join`.
+    """
+    del order
+    warpgroup, count = lax.axis_index("warpgroup"), shape.tiling.streams
+    local = lax.rem(warpgroup, count)
+    work = _Work(requests, streams, lax.axis_index("block") * count + local, local, shape)
+
+    @pl.when(warpgroup >= count)
+    def _():
+        if count > 1:  # as one stream's two warpgroups each have all the registers that a thread can have
+            plgpu.set_max_registers(40, action="decrease")
+        _copy(work, layer_ref[0] * shape.column_stride, k_ref, v_ref, **scratch)
+
+    @pl.when(warpgroup < count)
+    def _():
+        if count > 1:
+            plgpu.set_max_registers(208, action="increase")
+        _multiply(work, q_ref, parts_ref, lse_ref, **scratch)
+
+
+class _Request(NamedTuple):
+    """A row of `Split.requests`."""
+
+    token: jax.Array
+    row: jax.Array
+    queries: jax.Array
+    length: jax.Array
+    lower: jax.Array
+    prefix: jax.Array
+
+    @classmethod
+    def read(cls, requests, request: jax.Array) -> _Request:
+        return cls(*(requests[request, column] for column in range(tables.PREFIX + 1)))
+
+
+class _Piece(NamedTuple):
+    """Some keys of a pair, which one stream reads from the first to the last."""
+
+    pair: jax.Array
+    number: jax.Array
+    """Of those of this stream."""
+    request: jax.Array
+    head: jax.Array
+    of: _Request
+    first: jax.Array
+    end: jax.Array
+
+    def tiles(self, block_k: int) -> jax.Array:
+        """Of `block_k` keys; the last may have fewer."""
+        return lax.div(self.end - self.first + block_k - 1, block_k)
+
+    def whole_tiles(self, block_k: int) -> jax.Array:
+        """Those that have as many."""
+        return lax.div(self.end - self.first, block_k)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What one stream has to do: its part of the row of keys, piece by piece."""
+
+    requests: Any
+    streams: Any
+    stream: jax.Array
+    local: jax.Array
+    shape: _Shape
+
+    @property
+    def first_pair(self) -> jax.Array:
+        return self.streams[self.stream, tables.FIRST_PAIR]
+
+    @property
+    def num_pairs(self) -> jax.Array:
+        return self.streams[self.stream, tables.NUM_PAIRS]
+
+    def each_piece(self, body, carry):
+        """`carry = body(piece, carry)` for every piece."""
+        count = self.requests.shape[0]
+        first_key, units = (self.streams[self.stream, column] for column in (tables.FIRST_KEY, tables.NUM_UNITS))
+        head, request = lax.div(self.first_pair, count), lax.rem(self.first_pair, count)
+
+        def step(i, state):
+            left, head, request, of, carry = state
+            following = jnp.where(request + 1 == count, 0, request + 1)
+            # Read ahead: between two pieces nothing waits for the table.
+            next_of = _Request.read(self.requests, following)
+            first = jnp.where(i == 0, first_key, tables.first_unit_key(of.lower))
+            end = jnp.minimum(of.length, first + left * GRAIN)
+            carry = body(_Piece(self.first_pair + i, i, request, head, of, first, end), carry)
+            left = left - lax.div(end - first + GRAIN - 1, GRAIN)
+            return left, jnp.where(following == 0, head + 1, head), following, next_of, carry
+
+        state = (units, head, request, _Request.read(self.requests, request), carry)
+        return lax.fori_loop(0, self.num_pairs, step, state)[-1]
+
+
+def _copy(
+    work: _Work,
+    layer,
+    k_ref,
+    v_ref,
+    *,
+    k_smem,
+    v_smem,
+    k_ready,
+    v_ready,
+    k_tail_ready,
+    v_tail_ready,
+    k_free,
+    v_free,
+    **_,
+):
+    """The warpgroup that copies K and V."""
+    block_k, stages = work.shape.tiling.block_k, work.shape.tiling.stages
+
+    def piece(piece: _Piece, count):
+        base = pl.multiple_of(piece.of.row, _BOX)
+        columns = layer + piece.head, layer + piece.head + work.shape.v_column
+        sides = (
+            (k_ref, columns[0], k_smem, k_ready, k_tail_ready, k_free),
+            (v_ref, columns[1], v_smem, v_ready, v_tail_ready, v_free),
+        )
+
+        def tile(tile, count, *, tail: bool):
+            stage = lax.rem(count, stages)
+            barrier = work.local * stages + stage
+            token = piece.first + tile * block_k
+            for ref, column, smem, ready, tail_ready, free in sides:
+
+                @pl.when(count >= stages)
+                def _(free=free):
+                    plgpu.barrier_wait(free.at[barrier])
+
+                if not tail:
+                    rows = pl.ds(pl.multiple_of(base + token, _BOX), block_k)
+                    plgpu.copy_gmem_to_smem(ref.at[rows, column], smem.at[work.local, stage], ready.at[barrier])
+                    continue
+                for box in range(0, block_k, _BOX):
+                    begin = jnp.where(token + box < piece.end, token + box, token)
+                    rows = pl.ds(pl.multiple_of(base + begin, _BOX), _BOX)
+                    target = smem.at[work.local, stage, pl.ds(box, _BOX)]
+                    plgpu.copy_gmem_to_smem(ref.at[rows, column], target, tail_ready.at[barrier])
+            return count + 1
+
+        whole = piece.whole_tiles(block_k)
+        count = lax.fori_loop(0, whole, functools.partial(tile, tail=False), count)
+        return lax.fori_loop(whole, piece.tiles(block_k), functools.partial(tile, tail=True), count)
+
+    count = work.each_piece(piece, jnp.int32(0))
+
+    def drain(tile, _):
+        barrier = work.local * stages + lax.rem(tile, stages)
+        plgpu.barrier_wait(k_free.at[barrier])
+        plgpu.barrier_wait(v_free.at[barrier])
+
+    lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
+
+
+def _multiply(
+    work: _Work, q_ref, parts_ref, lse_ref, *, q_smem, k_smem, v_smem, out_smem, lse_smem,
+    q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free,
+):  # fmt: skip
+    """The warpgroup that computes."""
+    shape, local = work.shape, work.local
+    block_k, stages = shape.tiling.block_k, shape.tiling.stages
+    q, out, lse = q_smem.at[local], out_smem.at[local], lse_smem.at[local]
+    used = pl.ds(0, shape.rows)
+
+    def load_q(request, token, head):
+        tile = shape.query_tile(request, token, head)
+        plgpu.copy_gmem_to_smem(q_ref.at[tile], q.at[used], q_ready.at[local])
+
+    @pl.when(work.num_pairs > 0)
+    def _():
+        count = work.requests.shape[0]
+        head, request = lax.div(work.first_pair, count), lax.rem(work.first_pair, count)
+        load_q(request, work.requests[request, tables.TOKEN], head)
+
+    def piece(piece: _Piece, count):
+        plgpu.barrier_wait(q_ready.at[local])
+        whole = piece.whole_tiles(block_k)
+
+        def tile(tile, state, *, masked: bool):
+            count, maximum, total, acc = state
+            stage = lax.rem(count, stages)
+            barrier = local * stages + stage
+            k, v = k_smem.at[local, stage], v_smem.at[local, stage]
+            first = piece.first + tile * block_k
+            _wait(k_ready, k_tail_ready, barrier, tile >= whole, masked)
+
+            def scores(ref):
+                plgpu.wgmma(ref, q, k.transpose((1, 0)))
+                return ref[...]
+
+            qk = pl.run_scoped(scores, plgpu.ACC((ROWS, block_k), jnp.float32))
+            plgpu.barrier_arrive(k_free.at[barrier])
+            if shape.soft_cap is None:
+                qk = qk * (shape.scale * _LOG2_E)
+            else:
+                qk = jnp.tanh(qk * (shape.scale / shape.soft_cap)) * (shape.soft_cap * _LOG2_E)
+            if masked:
+                qk = jnp.where(_visible(shape, piece, first), qk, -jnp.inf)
+            new_maximum = jnp.maximum(maximum, qk.max(axis=1))
+            base = new_maximum
+            if not shape.all_see_keys:
+                base = jnp.where(new_maximum == -jnp.inf, jnp.zeros_like(new_maximum), new_maximum)
+            shrink = jnp.exp2(maximum - base)
+            weights = jnp.exp2(qk - lax.broadcast_in_dim(base, qk.shape, [0]))
+            total = total * shrink + weights.sum(axis=1)
+            weights = weights.astype(q.dtype)
+            _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
+            if masked:
+                _clear_unseen(v, piece, first)
+            acc = _add_product(acc * lax.broadcast_in_dim(shrink, acc.shape, [0]), weights, v)
+            plgpu.barrier_arrive(v_free.at[barrier])
+            return count + 1, new_maximum, total, acc
+
+        row = plgpu.Layout.WGMMA.reduce(1)
+        state = (
+            count,
+            plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), row),
+            plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row),
+            plgpu.layout_cast(jnp.zeros((ROWS, shape.head_dim), jnp.float32), plgpu.Layout.WGMMA),
+        )
+        masked_before, plain_end, tiles = _tile_kinds(shape, piece)
+        if shape.window is not None:
+            state = lax.fori_loop(0, masked_before, functools.partial(tile, masked=True), state)
+        state = lax.fori_loop(masked_before, plain_end, functools.partial(tile, masked=False), state)
+        count, maximum, total, acc = lax.fori_loop(plain_end, tiles, functools.partial(tile, masked=True), state)
+
+        @pl.when(piece.number + 1 < work.num_pairs)
+        def _():
+            num_requests = work.requests.shape[0]
+            wraps = piece.request + 1 == num_requests
+            request = jnp.where(wraps, 0, piece.request + 1)
+            head = jnp.where(wraps, piece.head + 1, piece.head)
+            load_q(request, work.requests[request, tables.TOKEN], head)
+
+        @pl.when(piece.first < piece.end)
+        def _():
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            divisor = total if shape.all_see_keys else jnp.where(total == 0, jnp.ones_like(total), total)
+            out[...] = acc / lax.broadcast_in_dim(divisor, acc.shape, [0])
+            lse[...] = maximum + jnp.log2(total)
+            plgpu.commit_smem()
+            segment = piece.pair + work.stream
+            plgpu.copy_smem_to_gmem(out.at[used], parts_ref.at[segment])
+            plgpu.copy_smem_to_gmem(lse.at[used], lse_ref.at[segment])
+
+        return count
+
+    work.each_piece(piece, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _add_product(acc, weights, v) -> jax.Array:
+    """`acc + weights @ v`, float32 `[ROWS, head_dim]`."""
+
+    def product(ref):
+        plgpu.wgmma(ref, weights, v)
+        return ref[...]
+
+    if acc.shape[1] <= 128:
+        return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+    # There are no registers for both. (The interpreter does not know this form.)
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v))(plgpu.ACC.init(acc))
+
+
+def _wait(ready, tail_ready, barrier, is_tail, masked: bool) -> None:
+    """Until a tile is there, whole or in boxes; one that is in boxes is always masked."""
+    if not masked:
+        plgpu.barrier_wait(ready.at[barrier])
+        return
+
+    @pl.when(is_tail)
+    def _():
+        plgpu.barrier_wait(tail_ready.at[barrier])
+
+    @pl.when(jnp.logical_not(is_tail))
+    def _():
+        plgpu.barrier_wait(ready.at[barrier])
+
+
+def _tile_kinds(shape: _Shape, piece: _Piece) -> tuple[Any, jax.Array, jax.Array]:
+    """Tiles `0 .. a - 1` need a mask, as `b .. c - 1` do; the ones between do not. Returns `(a, b, c)`."""
+    block_k = shape.tiling.block_k
+    tiles, whole = piece.tiles(block_k), piece.whole_tiles(block_k)
+    before: Any = 0
+    if shape.window is not None:
+        all_from = piece.of.length - shape.window  # the first key that the last query sees
+        before = jnp.clip(lax.div(all_from - piece.first + block_k - 1, block_k), 0, tiles)
+        before = jnp.where(piece.of.lower > piece.first, jnp.maximum(before, jnp.minimum(1, tiles)), before)
+    if shape.one_limit:
+        return before, jnp.maximum(whole, before), tiles
+    all_until = jnp.maximum(piece.of.length - piece.of.queries + 1, piece.of.prefix)
+    plain_end = lax.div(jnp.maximum(jnp.minimum(all_until, piece.end) - piece.first, 0), block_k)
+    return before, jnp.maximum(plain_end, before), tiles
+
+
+def _visible(shape: _Shape, piece: _Piece, first) -> jax.Array:
+    """bool `[ROWS, block_k]`: which keys of the tile that begins with key `first` each row sees."""
+    sizes = (ROWS, shape.tiling.block_k)
+    keys = first + _iota(sizes, 1)
+    seen = keys < piece.end
+    if shape.one_limit:
+        return seen if shape.window is None else seen & (keys >= piece.of.lower)
+    last = piece.of.length - piece.of.queries + lax.div(_iota(sizes, 0), shape.group)
+    if shape.window is not None:
+        seen &= (keys > last - shape.window) & (keys >= piece.of.lower)
+    if shape.prefixes:
+        last = jnp.maximum(last, piece.of.prefix - 1)
+    return seen & (keys <= last)
+
+
+def _clear_unseen(v, piece: _Piece, first) -> None:
+    """Whatever lies around the request's tokens, NaN too, times a weight of 0 must be 0."""
+    block_k = v.shape[0]
+    # In a piece that ends within the request all boxes are of its tokens.
+    outside = jnp.logical_or(
+        jnp.logical_and(first + block_k > piece.end, lax.rem(piece.end, _BOX) != 0), first < piece.of.lower
+    )
+
+    @pl.when(outside)
+    def _():
+        values = plgpu.load(v, layout=plgpu.Layout.WGMMA)  # type: ignore[call-arg]  # jax 0.10 has another signature
+        tokens = first + _iota(v.shape, 0)
+        inside = (tokens < piece.end) & (tokens >= piece.of.lower)
+        v[...] = jnp.where(inside, values, jnp.zeros_like(values))
+        plgpu.commit_smem()
+
+
+def _iota(sizes: tuple[int, ...], axis: int) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, sizes, axis, layout=plgpu.Layout.WGMMA)
