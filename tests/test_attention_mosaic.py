@@ -56,9 +56,14 @@ def test_in_the_interpreter(lengths, options):
     layout = options.get("layout", "token_major")
     spec = KVCacheSpec(2, heads, dim, requests + 1, 704, options["dtype"], 4096, layout=layout, groups=groups)
     rng = np.random.default_rng(0)
-    # What no token was written to is NaN, and what lies behind a window.
+    # What no token was written to is NaN, and what lies behind a window, of which eights are mapped.
     contents = {slot: suite.random_kv(rng, spec, length) for slot, length in enumerate(lengths) if length}
-    cache = plain_cache(spec, contents, {slot: lengths[slot] - q_lens[slot] for slot in contents})
+    seen = {}
+    for slot, kv in contents.items():
+        first = 0 if window is None else max(0, lengths[slot] - q_lens[slot] - window + 1)
+        kv[:first] = np.nan
+        seen[slot] = first // 8 * 8 + (window or 0) - 1
+    cache = plain_cache(spec, contents, seen)
     tokens = sum(q_lens) + 2
     q = jnp.asarray(rng.standard_normal((tokens, heads * group, dim)), spec.dtype)
     batch = suite.make_batch(range(requests), q_lens, lengths, max_q_len=max(1, *q_lens))

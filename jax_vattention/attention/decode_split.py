@@ -30,16 +30,18 @@ _LOG2_E = math.log2(math.e)
 
 GRAIN = 16
 """Keys of a unit: a part ends at a whole number of them, or at the end of a request."""
-_SEARCHED_ELEMENTS = 8192
-"""Comparisons that `_schedule_kernel` makes at once."""
+_SEARCHED_ELEMENTS = 2048
+"""Comparisons that a program of `_schedule_kernel` makes for each of its columns."""
 _JOINED_ELEMENTS = 8192
 """Of partial results that `_join_kernel` reads at once, where there are many."""
 
 
 # Columns of `Split.requests`.
-TOKEN, ROW, QUERIES, LENGTH, LOWER, PREFIX, START, UNITS = range(8)
+TOKEN, ROW, QUERIES, LENGTH, LOWER, PREFIX = range(6)
 # Columns of `Split.streams`.
 FIRST_PAIR, FIRST_KEY, NUM_UNITS, NUM_PAIRS, ALL_UNITS = range(5)
+# Columns of `Split.owners`.
+_REQUEST, _QUERY, _START, _UNITS = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +53,12 @@ class Split:
 
     requests: jax.Array
     """int32 `[requests, 8]`: first query token, row of token 0 in the view, queries, keys (0 without queries), the
-    first key that its first query sees, length of its bidirectional prefix, units before it, and its own units."""
+    first key that its first query sees, and the length of its bidirectional prefix."""
     streams: jax.Array
     """int32 `[streams, 8]`: first pair, first key of it, units, pairs, and the units of all requests of one head."""
     owners: jax.Array
-    """int32 `[tokens]`: the request whose query a token is, or -1."""
+    """int32 `[tokens, 4]`: the request whose query a token is, or -1; which of its queries; units of one head before
+    that request; and its own units."""
 
 
 def first_unit_key(lower: jax.Array) -> jax.Array:
@@ -70,14 +73,16 @@ def split(
     slot_tokens = view.k.shape[1]
     slots = jnp.clip(batch.slots, 0, view.mapped.shape[1] - 1)
     mapped_first = None if view.window is None else view.mapped[0, slots]
+    chunk = max(1, _SEARCHED_ELEMENTS // pl.next_power_of_2(batch.num_requests))
     requests, table, owners = pl.pallas_call(
-        functools.partial(_schedule_kernel, heads=heads, slot_tokens=slot_tokens, window=view.window),
+        functools.partial(_schedule_kernel, chunk=chunk, heads=heads, slot_tokens=slot_tokens, window=view.window),
         out_shape=[
             jax.ShapeDtypeStruct((batch.num_requests, 8), jnp.int32),
             jax.ShapeDtypeStruct((streams, 8), jnp.int32),
-            jax.ShapeDtypeStruct((tokens,), jnp.int32),
+            jax.ShapeDtypeStruct((tokens, 4), jnp.int32),
         ],
-        compiler_params=triton.CompilerParams(num_warps=8),
+        grid=(pl.cdiv(max(streams, tokens), chunk),),
+        compiler_params=triton.CompilerParams(num_warps=4),
         interpret=interpret,
         name="attention_decode_schedule",
     )(slots, batch.q_starts, batch.q_lens, batch.kv_lens, mapped_first, features.prefix_lens)
@@ -85,23 +90,14 @@ def split(
 
 
 def _schedule_kernel(
-    slots,
-    q_starts,
-    q_lens,
-    kv_lens,
-    mapped_first,
-    prefix_lens,
-    requests,
-    streams,
-    owners,
-    *,
-    heads,
-    slot_tokens,
-    window,
-):
+    slots, q_starts, q_lens, kv_lens, mapped_first, prefix_lens, requests, streams, owners, *, chunk: int, heads: int,
+    slot_tokens: int, window: int | None,
+):  # fmt: skip
+    """Each program makes `chunk` rows of the tables. Fused by XLA the same takes about twenty launches."""
     count = slots.shape[0]
     rows = jnp.arange(pl.next_power_of_2(count), dtype=jnp.int32)
     there = rows < count
+    line = pl.program_id(0) * chunk + jnp.arange(chunk, dtype=jnp.int32)
 
     def read(ref, other=0):
         return triton.load(ref.at[rows], mask=there, other=other)
@@ -115,44 +111,41 @@ def _schedule_kernel(
     units = (lengths - first_unit_key(lower) + GRAIN - 1) // GRAIN
     ends = jnp.cumsum(units)
     total = jnp.sum(units)
-    prefix = jnp.zeros_like(lengths) if prefix_lens is None else read(prefix_lens)
-    columns = (starts, read(slots) * slot_tokens, queries, lengths, lower, prefix, ends - units, units)
-    for column, values in enumerate(columns):
-        triton.store(requests.at[rows, column], values, mask=there)
 
-    # Requests behind the last one have no unit: no search finds them.
-    chunk = max(1, _SEARCHED_ELEMENTS // rows.size)
+    @pl.when(pl.program_id(0) == 0)
+    def _():
+        prefix = jnp.zeros_like(lengths) if prefix_lens is None else read(prefix_lens)
+        for column, values in enumerate((starts, read(slots) * slot_tokens, queries, lengths, lower, prefix)):
+            triton.store(requests.at[rows, column], values, mask=there)
+
+    def picked(which, values):
+        """Of each line the sum of the `values` of the requests that `which` `[chunk, requests]` holds."""
+        return jnp.sum(jnp.where(which, values[None, :], 0), axis=1)
+
     each, more = _shares(total, heads, streams.shape[0])
+    low, own = line * each + jnp.minimum(line, more), each + (line < more).astype(jnp.int32)
 
-    def search(i, _):
-        stream = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
-        low = stream * each + jnp.minimum(stream, more)
-        own = each + (stream < more).astype(jnp.int32)
+    def pair_of(unit):
+        """The pair of a unit, and which key is its first."""
+        head = jnp.minimum(unit // jnp.maximum(total, 1), heads - 1)
+        within = unit - head * total
+        before = ends[None, :] <= within[:, None]  # requests behind the last one have no units
+        request = jnp.minimum(jnp.sum(before.astype(jnp.int32), axis=1), count - 1)
+        seen = picked(rows[None, :] == request[:, None], first_unit_key(lower))
+        return head * count + request, seen + (within - picked(before, units)) * GRAIN
 
-        def pair_of(unit):
-            head = jnp.minimum(unit // jnp.maximum(total, 1), heads - 1)
-            within = unit - head * total
-            before = ends[None, :] <= within[:, None]
-            request = jnp.minimum(jnp.sum(before.astype(jnp.int32), axis=1), count - 1)
-            skipped = jnp.sum(jnp.where(before, units[None, :], 0), axis=1)
-            seen = jnp.sum(jnp.where(rows[None, :] == request[:, None], first_unit_key(lower)[None, :], 0), axis=1)
-            return head * count + request, seen + (within - skipped) * GRAIN
+    (first, key), (last, _) = pair_of(low), pair_of(low + own - 1)
+    pairs = jnp.where(own > 0, last - first + 1, 0)
+    for column, values in enumerate((first, key, own, pairs, jnp.broadcast_to(total, line.shape))):
+        triton.store(streams.at[line, column], values, mask=line < streams.shape[0])
 
-        (first, key), (last, _) = pair_of(low), pair_of(low + own - 1)
-        pairs = jnp.where(own > 0, last - first + 1, 0)
-        mask = stream < streams.shape[0]
-        for column, values in enumerate((first, key, own, pairs, jnp.broadcast_to(total, stream.shape))):
-            triton.store(streams.at[stream, column], values, mask=mask)
-
-    lax.fori_loop(0, pl.cdiv(streams.shape[0], chunk), search, None)
-
-    def own(i, _):
-        token = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
-        owned = (token[:, None] >= starts[None, :]) & (token[:, None] < (starts + queries)[None, :]) & there[None, :]
-        owner = jnp.max(jnp.where(owned, rows[None, :], -1), axis=1)
-        triton.store(owners.at[token], owner, mask=token < owners.shape[0])
-
-    lax.fori_loop(0, pl.cdiv(owners.shape[0], chunk), own, None)
+    owned = (line[:, None] >= starts[None, :]) & (line[:, None] < (starts + queries)[None, :]) & there[None, :]
+    request = jnp.max(jnp.where(owned, rows[None, :], -1), axis=1)
+    owned = rows[None, :] == request[:, None]
+    for column, values in enumerate(
+        (request, line - picked(owned, starts), picked(owned, ends - units), picked(owned, units))
+    ):
+        triton.store(owners.at[line, column], values, mask=line < owners.shape[0])
 
 
 def _shares(total: jax.Array, heads: int, streams: int) -> tuple[jax.Array, jax.Array]:
@@ -190,34 +183,32 @@ def join(
       `(out, order)`; rows of `out` that no request owns are 0.
     """
     order, out = pl.pallas_call(
-        functools.partial(_join_kernel, heads=heads, first_row=first_row),
+        functools.partial(_join_kernel, heads=heads, num_requests=split.requests.shape[0], first_row=first_row),
         out_shape=[jax.ShapeDtypeStruct(order.shape, order.dtype), jax.ShapeDtypeStruct(q.shape, q.dtype)],
         grid=(heads, q.shape[0]),
         input_output_aliases={0: 0},
-        compiler_params=triton.CompilerParams(num_warps=4),
+        compiler_params=triton.CompilerParams(num_warps=2),
         interpret=interpret,
         name="attention_decode_combine",
-    )(order, split.owners, split.requests, split.streams, parts, lse, features.sinks)
+    )(order, split.owners, split.streams, parts, lse, features.sinks)
     return out, order
 
 
-def _join_kernel(_, owners, requests, streams, parts, lse, sinks, __, out_ref, *, heads: int, first_row: Any):
+def _join_kernel(_, owners, streams, parts, lse, sinks, __, out_ref, *, heads: int, num_requests: int, first_row: Any):
     """The query heads of one token that share a KV head; zeros if no request owns the token."""
     head, token = pl.program_id(0), pl.program_id(1)
     group, head_dim = out_ref.shape[1] // heads, out_ref.shape[2]
     total = streams[0, ALL_UNITS]
-    owner = owners[token]
-    request = jnp.maximum(owner, 0)
-    units = jnp.where(owner < 0, 0, requests[request, UNITS])
-    unit = head * total + requests[request, START]
+    request, query, start, units = (owners[token, column] for column in range(4))
+    unit = head * total + start
     shares = _shares(total, heads, streams.shape[0])
     from_stream, to_stream = _stream_of(unit, *shares), _stream_of(unit + units - 1, *shares)
-    first = head * requests.shape[0] + request + from_stream
+    first = head * num_requests + request + from_stream
     end = jnp.where(units > 0, first + to_stream - from_stream + 1, first)
     rows, dim = jnp.arange(pl.next_power_of_2(group)), jnp.arange(pl.next_power_of_2(head_dim))
     used = rows < group
     tile_used = used[:, None] & (dim < head_dim)[None, :]
-    own_rows = first_row(head, token - requests[request, TOKEN]) + rows
+    own_rows = first_row(head, query) + rows
 
     def add(chunk: int, begin, i, state):
         maximum, total, acc = state

@@ -110,6 +110,11 @@ class _Shape:
         return jnp.pad(q, ((0, 0), (0, self.rows - q.shape[1]), (0, 0)))
 
     @property
+    def out_columns(self) -> int:
+        """Of a result that are stored at once: shared memory has to hold all rows of them, padding too."""
+        return 64 if self.head_dim % 64 == 0 else 32
+
+    @property
     def streams(self) -> int:
         return self.tiling.blocks * self.tiling.streams
 
@@ -201,19 +206,19 @@ def _scratch(shape: _Shape, dtype: Any) -> dict[str, Any]:
     streams, stages, block_k = shape.tiling.streams, shape.tiling.stages, shape.tiling.block_k
 
     def tiles(*sizes: int, dtype: Any = dtype):
-        swizzle = 128 if shape.head_dim % 64 == 0 else 64
+        swizzle = 128 if sizes[-1] * jnp.dtype(dtype).itemsize % 128 == 0 else 64
         width = swizzle // jnp.dtype(dtype).itemsize
         transforms = (plgpu.TilingTransform((_BOX, width)), plgpu.SwizzleTransform(swizzle))
         return plgpu.SMEM((streams, *sizes), dtype, transforms=transforms)
 
     many = streams * stages
     return {
-        "q_smem": tiles(ROWS, shape.head_dim),
+        "q_smem": tiles(2, ROWS, shape.head_dim),
         "k_smem": tiles(stages, block_k, shape.head_dim),
         "v_smem": tiles(stages, block_k, shape.head_dim),
-        "out_smem": tiles(ROWS, shape.head_dim, dtype=jnp.float32),
+        "out_smem": tiles(ROWS, shape.out_columns, dtype=jnp.float32),
         "lse_smem": plgpu.SMEM((streams, ROWS), jnp.float32),
-        "q_ready": plgpu.Barrier(num_barriers=streams),
+        "q_ready": plgpu.Barrier(num_barriers=2 * streams),
         "k_ready": plgpu.Barrier(num_barriers=many),
         "v_ready": plgpu.Barrier(num_barriers=many),
         "k_tail_ready": plgpu.Barrier(num_arrivals=block_k // _BOX, num_barriers=many),
@@ -394,21 +399,32 @@ def _multiply(
     """The warpgroup that computes."""
     shape, local = work.shape, work.local
     block_k, stages = shape.tiling.block_k, shape.tiling.stages
-    q, out, lse = q_smem.at[local], out_smem.at[local], lse_smem.at[local]
+    out, lse = out_smem.at[local], lse_smem.at[local]
     used = pl.ds(0, shape.rows)
 
-    def load_q(request, token, head):
-        tile = shape.query_tile(request, token, head)
-        plgpu.copy_gmem_to_smem(q_ref.at[tile], q.at[used], q_ready.at[local])
+    def load_q(number, request, head):
+        """For the piece of this number, of those of the stream."""
+        tile = shape.query_tile(request, work.requests[request, tables.TOKEN], head)
+        buffer = lax.rem(number, 2)
+        target = q_smem.at[local, buffer, used]
+        plgpu.copy_gmem_to_smem(q_ref.at[tile], target, q_ready.at[2 * local + buffer])
 
     @pl.when(work.num_pairs > 0)
     def _():
         count = work.requests.shape[0]
-        head, request = lax.div(work.first_pair, count), lax.rem(work.first_pair, count)
-        load_q(request, work.requests[request, tables.TOKEN], head)
+        load_q(0, lax.rem(work.first_pair, count), lax.div(work.first_pair, count))
 
     def piece(piece: _Piece, count):
-        plgpu.barrier_wait(q_ready.at[local])
+        # Ahead of its use: while memory is busy a copy takes microseconds.
+        @pl.when(piece.number + 1 < work.num_pairs)
+        def _():
+            wraps = piece.request + 1 == work.requests.shape[0]
+            request, head = jnp.where(wraps, 0, piece.request + 1), jnp.where(wraps, piece.head + 1, piece.head)
+            load_q(piece.number + 1, request, head)
+
+        buffer = lax.rem(piece.number, 2)
+        q = q_smem.at[local, buffer]
+        plgpu.barrier_wait(q_ready.at[2 * local + buffer])
         whole = piece.whole_tiles(block_k)
 
         def tile(tile, state, *, masked: bool):
@@ -438,7 +454,7 @@ def _multiply(
             shrink = jnp.exp2(maximum - base)
             weights = jnp.exp2(qk - lax.broadcast_in_dim(base, qk.shape, [0]))
             total = total * shrink + weights.sum(axis=1)
-            weights = weights.astype(q.dtype)
+            weights = weights.astype(q_smem.dtype)
             _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
             if masked:
                 _clear_unseen(v, piece, first)
@@ -459,24 +475,21 @@ def _multiply(
         state = lax.fori_loop(masked_before, plain_end, functools.partial(tile, masked=False), state)
         count, maximum, total, acc = lax.fori_loop(plain_end, tiles, functools.partial(tile, masked=True), state)
 
-        @pl.when(piece.number + 1 < work.num_pairs)
-        def _():
-            num_requests = work.requests.shape[0]
-            wraps = piece.request + 1 == num_requests
-            request = jnp.where(wraps, 0, piece.request + 1)
-            head = jnp.where(wraps, piece.head + 1, piece.head)
-            load_q(request, work.requests[request, tables.TOKEN], head)
-
         @pl.when(piece.first < piece.end)
         def _():
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             divisor = total if shape.all_see_keys else jnp.where(total == 0, jnp.ones_like(total), total)
-            out[...] = acc / lax.broadcast_in_dim(divisor, acc.shape, [0])
-            lse[...] = maximum + jnp.log2(total)
-            plgpu.commit_smem()
+            result = acc / lax.broadcast_in_dim(divisor, acc.shape, [0])
             segment = piece.pair + work.stream
-            plgpu.copy_smem_to_gmem(out.at[used], parts_ref.at[segment])
-            plgpu.copy_smem_to_gmem(lse.at[used], lse_ref.at[segment])
+            for first in range(0, shape.head_dim, shape.out_columns):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                out[...] = lax.slice(result, (0, first), (ROWS, first + shape.out_columns))
+                if first == 0:
+                    lse[...] = maximum + jnp.log2(total)
+                plgpu.commit_smem()
+                columns = pl.ds(first, shape.out_columns)
+                plgpu.copy_smem_to_gmem(out.at[used], parts_ref.at[segment, :, columns])
+                if first == 0:
+                    plgpu.copy_smem_to_gmem(lse.at[used], lse_ref.at[segment])
 
         return count
 
@@ -553,7 +566,7 @@ def _clear_unseen(v, piece: _Piece, first) -> None:
 
     @pl.when(outside)
     def _():
-        values = plgpu.load(v, layout=plgpu.Layout.WGMMA)  # type: ignore[call-arg]  # jax 0.10 has another signature
+        values = plgpu.load(v, layout=plgpu.Layout.WGMMA)
         tokens = first + _iota(v.shape, 0)
         inside = (tokens < piece.end) & (tokens >= piece.of.lower)
         v[...] = jnp.where(inside, values, jnp.zeros_like(values))
