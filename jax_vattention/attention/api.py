@@ -61,6 +61,7 @@ class _Implementation:
 _IMPLEMENTATIONS = {
     "mosaic": _Implementation("pallas_mosaic", ("cuda",)),
     "triton": _Implementation("pallas_triton", ("cuda",)),
+    "cudnn": _Implementation("cudnn", ("cuda",)),
     "reference": _Implementation("reference", None),
 }
 
@@ -86,7 +87,8 @@ def attention(
 
     K and V of this step's tokens must have been appended before. A query of position `p` sees keys `0..p`, or those
     of its layer's window. Nothing at or past a request's `kv_lens`, nothing that its slot has no memory for, and
-    nothing at all for a request without queries is ever addressed.
+    nothing at all for a request without queries is ever addressed. (Only `cudnn` reads more: all of the tile that holds
+    a request's last key.)
 
     Args:
       q: `[tokens, num_q_heads, head_dim]`; query heads `h * group .. (h + 1) * group - 1` use KV head `h`.
