@@ -20,7 +20,7 @@ from compile_helpers import entry_dependencies
 from reference_attention import reference_attention
 
 from jax_vattention import KVCache, KVCacheManager, KVCacheSpec, LayerGroup, RaggedBatch, attention
-from jax_vattention.attention import api, implementations
+from jax_vattention.attention import api, implementations, picked
 from jax_vattention.attention.features import Features
 from jax_vattention.errors import NotDifferentiableError
 
@@ -607,6 +607,46 @@ class TestArguments:
             chosen = [self.run(implementation=which) for which in (None, ("triton", "reference"), "reference")]
         for out in chosen:
             np.testing.assert_allclose(np.asarray(out), 1, rtol=1e-6)
+
+    @pytest.mark.usefixtures("picky")
+    def test_what_was_picked_is_said_once_for_arguments_of_a_kind(self, caplog):
+        kind = jax.devices("cpu")[0].device_kind
+        api._say_once.cache_clear()
+        with jax.default_device(jax.devices("cpu")[0]), caplog.at_level("INFO", "jax_vattention.attention"):
+            for sinks in (None, jnp.zeros(4), None, jnp.ones(4)):
+                self.run(sinks=sinks)
+                self.run(sinks=sinks, implementation="reference")  # named: nothing to say
+        heads = "decode, float32, 4 query and 2 KV heads of 64, token_major"
+        only = "'mosaic' runs on cuda only; 'triton' runs on cuda only; 'cudnn' runs on cuda only"
+        assert caplog.messages == [
+            f"attention on {kind}: {heads}: 'picky'",
+            f"attention on {kind}: {heads}, sinks: 'reference' ('picky' does not serve sinks; {only})",
+        ]
+
+    @pytest.mark.usefixtures("picky")
+    @pytest.mark.parametrize("abstract", [False, True], ids=["arrays", "shapes"])
+    def test_picked_tells_without_running(self, abstract):
+        arguments = (jnp.ones((1, 4, 64)), self.cache(), make_batch([0], [1], [5]), jnp.zeros(4))
+        if abstract:
+            arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+        q, cache, batch, sinks = arguments
+        with jax.default_device(jax.devices("cpu")[0]):
+            tell = functools.partial(picked, q, cache, layer=0, batch=batch)
+            assert tell() == "picky"
+            assert tell(sinks=sinks) == "reference"
+            assert tell(implementation=("triton", "reference")) == "reference"
+            with pytest.raises(ValueError, match="'triton' runs on cuda only; 'picky' does not serve sinks: pass"):
+                tell(implementation=("triton", "picky"), sinks=sinks)
+            with pytest.raises(ValueError, match="layer: expected 0 to 1, got 2"):
+                picked(q, cache, layer=2, batch=batch)
+
+    @pytest.mark.gpu
+    def test_picked_on_a_gpu(self):
+        spec = dataclasses.replace(self.spec, dtype=jnp.bfloat16, head_dim=128, page_bytes=2 << 20)
+        q = jax.ShapeDtypeStruct((1, 4, 128), jnp.bfloat16)
+        for device, names in ((device_for("triton"), ("mosaic", "triton")), (jax.devices("cpu")[0], ("reference",))):
+            with jax.default_device(device):
+                assert picked(q, abstract_cache(spec), layer=0, batch=make_batch([0], [1], [5])) in names
 
     def test_no_tokens(self):
         assert self.run(shape=(0, 4, 64)).shape == (0, 4, 64)
