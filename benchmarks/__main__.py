@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks._report import BenchmarkError, Report
 
 BENCHMARKS = {
+    "accuracy": "error of attention against float64, on ordinary and hostile inputs, beside cuDNN",
     "cpu_generate": "decode and prefill on a CPU, float32: this package and transformers",
     "decode": "attention of decode steps on a GPU: GB/s beside a copy, cuDNN, torch and FlashInfer",
     "decode_step": "a decode loop over page boundaries: mapped beforehand, synchronously, in the background",

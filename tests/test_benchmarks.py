@@ -13,7 +13,7 @@ import pytest
 from caches import plain_cache, read_token
 
 from benchmarks import __main__ as command
-from benchmarks import _alternatives, _attention, decode
+from benchmarks import _alternatives, _attention, accuracy, decode
 from benchmarks._report import Column, Report, Table
 from benchmarks._timing import Timing, back_to_back, interleave
 from jax_vattention import KVCacheSpec
@@ -230,6 +230,44 @@ def test_mixed_compares_one_call_with_two(tmp_path):
     assert row["ratio"] == row["mixed_us"] / row["larger_us"]
     assert row["of_sum"] < row["ratio"]
     assert row["note"] == ""
+
+
+def test_accuracy_compares_with_float64_and_with_cudnn(tmp_path):
+    path = tmp_path / "accuracy.json"
+    options = ["--shapes", "tiny", "--implementations", "reference"]
+    assert command.main(["accuracy", *options, "--json", str(path)]) == 0
+    [table] = Report.read(path).tables
+    names = [case.name for case in accuracy.cases("tiny")]
+    assert len(set(names)) == 6
+    assert [row["inputs"] for row in table.rows] == [name for name in names for _ in _attention.LAYOUTS]
+    for row in table.rows:
+        assert 0 <= row["error"] < 4e-3, "more than rounding to bfloat16"
+        if jax.default_backend() == "gpu":
+            assert row["ratio"] == max(row["error"], 1e-6) / max(row["cudnn_error"], 1e-6)
+        else:
+            assert row["note"].startswith("cudnn: ")
+            assert row["cudnn_error"] is None
+
+
+@pytest.mark.parametrize("case", accuracy.cases("tiny"), ids=lambda case: f"{case.name}, {case.step}")
+def test_accuracy_asks_cudnn_for_the_same(case):
+    """By XLA in the place of cuDNN."""
+    inputs = case.inputs(_attention.SIZES["tiny"])
+    expected = accuracy.exact(case, inputs)
+    found = accuracy.cudnn(case, inputs, implementation="xla")
+    assert found.shape == expected.shape
+    assert accuracy.relative_error(case, found, expected) < 1.5e-2
+
+
+def test_accuracy_takes_the_request_with_the_largest_error():
+    case = accuracy.Case("", (1, 0, 2), (4, 3, 5))
+    expected = np.ones((3, 2, 4))
+    found = expected.copy()
+    found[0] *= 1.25
+    found[2] *= 1.5
+    assert accuracy.relative_error(case, found, expected) == pytest.approx(0.5 / 2**0.5)
+    found[0, 0, 0] = np.nan
+    assert math.isnan(accuracy.relative_error(case, found, expected))
 
 
 @pytest.mark.parametrize("name", ["decode", "prefill", "mixed"])
