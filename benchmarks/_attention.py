@@ -328,8 +328,8 @@ def time_ours(
     found: dict[str, dict[str, Outcome]] = {name: {} for name in names}
 
     def fill_and_time() -> Outcome:
-        with _manager(work, sizes, layout) as manager:
-            slots = _fill(manager, work.kv_lens, sizes.layers)
+        with manager_for(work, sizes, layout) as manager:
+            slots = fill(manager, work.kv_lens, sizes.layers)
             for name in names:
                 for part, which in parts.items():
                     action = functools.partial(_time, manager, work.part(which), slots[which], name, sizes, seconds)
@@ -349,7 +349,8 @@ def page_bytes() -> tuple[int, ...]:
     return (2 * _MIB, 8 * _MIB, 64 * _MIB) if jax.default_backend() == "gpu" else (2 * _MIB,)
 
 
-def _manager(work: Work, sizes: Sizes, layout: Layout) -> KVCacheManager:
+def manager_for(work: Work, sizes: Sizes, layout: Layout) -> KVCacheManager:
+    """Of a cache with room for `work`."""
     smallest, *large = page_bytes()
     spec = KVCacheSpec(
         num_layers=sizes.num_layers,
@@ -368,7 +369,7 @@ def _manager(work: Work, sizes: Sizes, layout: Layout) -> KVCacheManager:
     )
 
 
-def _fill(manager: KVCacheManager, kv_lens: Sequence[int], layers: tuple[int, ...]) -> list[int]:
+def fill(manager: KVCacheManager, kv_lens: Sequence[int], layers: tuple[int, ...]) -> list[int]:
     """Takes a slot for each length and writes random K and V to it; returns the slots."""
     slots = [manager.allocate(length) for length in kv_lens]
     lengths = dict(zip(slots, kv_lens, strict=True))
