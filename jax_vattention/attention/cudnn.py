@@ -69,7 +69,7 @@ def run(
     tokens, num_slots = q.shape[0], view.k.shape[0]
     request = jnp.arange(batch.num_requests, dtype=jnp.int32)
     active = (batch.q_lens > 0) & (batch.kv_lens > 0)
-    # Both ways, and the same in every layer. Behind the end: dropped.
+    # Who is where, both ways: the same in every layer, so computed once. An index behind the end is dropped.
     owner = jnp.full(num_slots, -1, jnp.int32).at[jnp.where(active, batch.slots, num_slots)].max(request, mode="drop")
     slot = jnp.full(tokens, num_slots, jnp.int32)
     slot = slot.at[jnp.where(active, batch.q_starts, tokens)].set(batch.slots, mode="drop")
