@@ -79,14 +79,14 @@ def summary(measured: Measured) -> dict[str, Any]:
     row: dict[str, Any] = {"wall_us": measured.wall.median / layers * 1e6, "layers": layers}
     if not trace.operations:
         return row | {"note": "nothing of a GPU in the trace"}
-    count = len(trace.operations)
+    count, in_graphs = len(trace.operations), sum(operation.in_graph for operation in trace.operations)
     return row | {
         "launches": count / steps / layers,
         "copies": sum(not operation.kernel for operation in trace.operations) / steps / layers,
         "busy_us": trace.busy_ns() / 1e3 / steps / layers,
-        "in_graphs": sum(operation.in_graph for operation in trace.operations) / count,
+        "in_graphs": in_graphs / count,
         "graph_launches": trace.graph_launches / steps,
-        "kernel_launches": trace.kernel_launches / steps,
+        "single_launches": (count - in_graphs) / steps,
     }
 
 
@@ -186,13 +186,15 @@ _COLUMNS = (
     Column("wall_us", "wall, µs", ".2f"),
     _IN_GRAPHS,
     Column("graph_launches", "cuGraphLaunch a step", ".1f"),
-    Column("kernel_launches", "cuLaunchKernel a step", ".1f"),
+    Column("single_launches", "single launches a step", ".1f"),
     Column("note", "note"),
 )
 _KERNEL_COLUMNS = (Column("program", "program"), Column("kernel", "kernel"), _LAUNCHES, _BUSY, _IN_GRAPHS)
 _NOTES = (
     f"launches, kernels, in CUDA graphs: what a GPU ran in a trace of {_STEPS} steps, divided by steps and layers, "
     "with the work that layers share. copies: memcpy and memset. kernels: their times one after the other.",
+    "cuGraphLaunch, single launches: what the host calls in a step: once for each graph, and once for each operation that "
+    "is in none.",
     "wall: of a step without a trace, divided by layers. What is not kernels is the GPU waiting for a launch.",
     "append and ...: append and attention in every layer, nothing else. engine decode: the engine's program with the "
     "weights of the model's shape, all of it divided by its layers; attention as implementation=None picks it.",

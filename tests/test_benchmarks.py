@@ -239,7 +239,7 @@ planes {
     events { metadata_id: 1 } events { metadata_id: 2 } events { metadata_id: 2 } events { metadata_id: 3 }
   }
   event_metadata { key: 1 value { id: 1 name: "cuGraphLaunch (CudaGraph:7)" } }
-  event_metadata { key: 2 value { id: 2 name: "cuLaunchKernelEx" } }
+  event_metadata { key: 2 value { id: 2 name: "append" } }
   event_metadata { key: 3 value { id: 3 name: "cuEventRecord" } }
 }
 """.replace(
@@ -275,7 +275,7 @@ def test_launches_are_read_from_a_trace():
         "busy_us": pytest.approx(14),
         "in_graphs": 0.4,
         "graph_launches": 0.5,
-        "kernel_launches": 1.0,
+        "single_launches": 3.0,
     }
     kernels = [(row["kernel"], row["launches"], row["busy_us"]) for row in launches.by_kernel(measured)]
     assert kernels == [("attention_decode", 1, 11), ("append", 1, 2.5), ("MemcpyD2D", 0.5, 0.5)]
