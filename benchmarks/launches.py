@@ -193,8 +193,8 @@ _KERNEL_COLUMNS = (Column("program", "program"), Column("kernel", "kernel"), _LA
 _NOTES = (
     f"launches, kernels, in CUDA graphs: what a GPU ran in a trace of {_STEPS} steps, divided by steps and layers, "
     "with the work that layers share. copies: memcpy and memset. kernels: their times one after the other.",
-    "cuGraphLaunch, single launches: what the host calls in a step: once for each graph, and once for each operation that "
-    "is in none.",
+    "cuGraphLaunch, single launches: calls of the host in a step, one for each graph and one for each operation "
+    "that is in none.",
     "wall: of a step without a trace, divided by layers. What is not kernels is the GPU waiting for a launch.",
     "append and ...: append and attention in every layer, nothing else. engine decode: the engine's program with the "
     "weights of the model's shape, all of it divided by its layers; attention as implementation=None picks it.",
