@@ -14,9 +14,11 @@ from pathlib import Path
 from benchmarks._report import BenchmarkError, Report
 
 BENCHMARKS = {
+    "accuracy": "error of attention against float64, on ordinary and hostile inputs, beside cuDNN",
     "cpu_generate": "decode and prefill on a CPU, float32: this package and transformers",
     "decode": "attention of decode steps on a GPU: GB/s beside a copy, cuDNN, torch and FlashInfer",
     "decode_step": "a decode loop over page boundaries: mapped beforehand, synchronously, in the background",
+    "launches": "kernels that a GPU starts in each layer of a decode step, from a trace of jax.profiler",
     "manager": "three KV caches in the same memory serve a request trace; the host cost of a step",
     "mixed": "attention of a prefill chunk and of decodes on a GPU: in one call and in two",
     "prefill": "attention of prompts and chunks on a GPU: TFLOP/s beside a matrix product, cuDNN and torch",

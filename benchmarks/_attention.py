@@ -13,7 +13,7 @@ import functools
 import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, Protocol, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,16 @@ _FILL_TOKENS = 16_384  # of one program that fills the cache
 _ERROR_CHARACTERS = 160  # of what a row says about a failure
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+PACKAGES = (
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
+    "torch",
+    "flashinfer-python",
+)
+"""Whose versions a report of attention names, where they are installed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +130,13 @@ class Outcome(NamedTuple):
     error: str = ""
 
 
+class _HasName(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Named = TypeVar("_Named", bound=_HasName)
+
 Alternative = Callable[[Work, Sizes, float], Outcome]
 """Times another library for so many seconds; free to raise."""
 
@@ -152,6 +169,15 @@ def add_arguments(parser: argparse.ArgumentParser, alternatives: Sequence[str] =
     parser.add_argument("--quick", action="store_true", help="a fifth of the measurements")
     parser.add_argument("--seconds", type=float, default=1.5, metavar="N", help="for each row (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="SHAPE", help="only these shapes, by their names in the table")
+    add_choices(parser)
+    if alternatives:
+        parser.add_argument(
+            "--against", nargs="*", choices=alternatives, default=list(alternatives), help="default: all"
+        )
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """Options that say which of this package's programs are measured."""
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
     parser.add_argument(
         "--implementations",
@@ -160,10 +186,6 @@ def add_arguments(parser: argparse.ArgumentParser, alternatives: Sequence[str] =
         default=None,
         help="of this package (default: all for GPUs; on a CPU the reference)",
     )
-    if alternatives:
-        parser.add_argument(
-            "--against", nargs="*", choices=alternatives, default=list(alternatives), help="default: all"
-        )
 
 
 def checked(arguments: argparse.Namespace) -> tuple[Sizes, float, tuple[str, ...]]:
@@ -172,24 +194,34 @@ def checked(arguments: argparse.Namespace) -> tuple[Sizes, float, tuple[str, ...
     Raises:
       BenchmarkError: there is no GPU, and the shapes are not made to run without one.
     """
+    sizes = checked_sizes(arguments.shapes)
     gpu = jax.default_backend() == "gpu"
-    if not gpu and arguments.shapes != "tiny":
+    default = tuple(name for name in implementations() if (name == "reference") != gpu)
+    seconds = arguments.seconds / (5 if arguments.quick else 1)
+    return sizes, seconds, tuple(arguments.implementations or default)
+
+
+def checked_sizes(shapes: str) -> Sizes:
+    """Of `--shapes`.
+
+    Raises:
+      BenchmarkError: there is no GPU, and the shapes are not made to run without one.
+    """
+    if jax.default_backend() != "gpu" and shapes != "tiny":
         raise BenchmarkError(
             f"expected an NVIDIA GPU that JAX can use, got {jax.default_backend()}; install jax[cuda13] or jax[cuda12] "
             "on a machine that has one (--shapes tiny only shows that the benchmark runs)"
         )
-    default = tuple(name for name in implementations() if (name == "reference") != gpu)
-    seconds = arguments.seconds / (5 if arguments.quick else 1)
-    return SIZES[arguments.shapes], seconds, tuple(arguments.implementations or default)
+    return SIZES[shapes]
 
 
-def chosen(works: Sequence[Work], only: Sequence[str] | None) -> list[Work]:
+def chosen(works: Sequence[_Named], only: Sequence[str] | None) -> list[_Named]:
     """The works that `--only` names, or all.
 
     Raises:
       BenchmarkError: there is none of such a name.
     """
-    names = [work.name for work in works]
+    names = list(dict.fromkeys(work.name for work in works))
     if unknown := sorted(set(only or ()) - set(names)):
         raise BenchmarkError(f"--only: expected some of {', '.join(names)}, got {', '.join(unknown)}")
     return [work for work in works if only is None or work.name in only]
@@ -204,23 +236,14 @@ def report(
         command="",
         date=datetime.date.today().isoformat(),
         hardware=_machine.hardware(),
-        versions=_machine.versions(
-            (
-                "jax-cuda12-plugin",
-                "jax-cuda13-plugin",
-                "nvidia-cudnn-cu12",
-                "nvidia-cudnn-cu13",
-                "torch",
-                "flashinfer-python",
-            )
-        ),
+        versions=_machine.versions(PACKAGES),
         settings={
             "shapes": arguments.shapes,
             **{field: getattr(sizes, field) for field in ("num_layers", "num_q_heads", "num_kv_heads", "head_dim")},
             "dtype": "bfloat16",
             "layers_of_a_program": sizes.chained,
             "seconds_per_row": seconds,
-            "page_bytes": _page_bytes(),
+            "page_bytes": page_bytes(),
             "copy_bytes": sizes.copy_bytes,
             "other_programs_cpu_share": round(others.share(), 3),
         },
@@ -305,8 +328,8 @@ def time_ours(
     found: dict[str, dict[str, Outcome]] = {name: {} for name in names}
 
     def fill_and_time() -> Outcome:
-        with _manager(work, sizes, layout) as manager:
-            slots = _fill(manager, work.kv_lens, sizes.layers)
+        with manager_for(work, sizes, layout) as manager:
+            slots = fill(manager, work.kv_lens, sizes.layers)
             for name in names:
                 for part, which in parts.items():
                     action = functools.partial(_time, manager, work.part(which), slots[which], name, sizes, seconds)
@@ -321,31 +344,32 @@ def time_ours(
     return {name: {part: outcomes.get(part, failure) for part in parts} for name, outcomes in found.items()}
 
 
-def _page_bytes() -> tuple[int, ...]:
-    """The smallest first. Large ones, for mapping them costs per page."""
+def page_bytes() -> tuple[int, ...]:
+    """Of a cache that is measured, the smallest first. Large ones, for mapping them costs per page."""
     return (2 * _MIB, 8 * _MIB, 64 * _MIB) if jax.default_backend() == "gpu" else (2 * _MIB,)
 
 
-def _manager(work: Work, sizes: Sizes, layout: Layout) -> KVCacheManager:
-    page_bytes, *large = _page_bytes()
+def manager_for(work: Work, sizes: Sizes, layout: Layout) -> KVCacheManager:
+    """Of a cache with room for `work`."""
+    smallest, *large = page_bytes()
     spec = KVCacheSpec(
         num_layers=sizes.num_layers,
         num_kv_heads=sizes.num_kv_heads,
         head_dim=sizes.head_dim,
         num_slots=len(work.kv_lens),
         max_seq_len=max(work.kv_lens),
-        page_bytes=page_bytes,
+        page_bytes=smallest,
         large_page_bytes=tuple(large),
         layout=layout,
     )
-    needed = sum(spec.pages_for(length) for length in work.kv_lens) * page_bytes
+    needed = sum(spec.pages_for(length) for length in work.kv_lens) * smallest
     # A large page may reach a little beyond the need.
     return KVCacheManager(
-        spec, pool_bytes=needed + needed // 32 + (large or [page_bytes])[-1], background=False, zero_pages=False
+        spec, pool_bytes=needed + needed // 32 + (large or [smallest])[-1], background=False, zero_pages=False
     )
 
 
-def _fill(manager: KVCacheManager, kv_lens: Sequence[int], layers: tuple[int, ...]) -> list[int]:
+def fill(manager: KVCacheManager, kv_lens: Sequence[int], layers: tuple[int, ...]) -> list[int]:
     """Takes a slot for each length and writes random K and V to it; returns the slots."""
     slots = [manager.allocate(length) for length in kv_lens]
     lengths = dict(zip(slots, kv_lens, strict=True))

@@ -28,7 +28,7 @@ from jax_vattention.models import Llama, LlamaConfig
 
 _WARMUP_STEPS = 8
 _FILL_TOKENS = 4096  # of one program that fills the cache
-_SHAPES = {
+SHAPES = {
     "llama-3-8b": LlamaConfig(
         vocab_size=128_256,
         hidden_size=4096,
@@ -59,7 +59,7 @@ _MODES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=_SHAPES, default="llama-3-8b", help="default: %(default)s")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b", help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="requests (default: %(default)s)")
     parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens before (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=512, metavar="N", help="of a run (default: %(default)s)")
@@ -69,19 +69,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Report:
     device = jax.local_devices()[0]
-    config = _SHAPES[arguments.shape]
+    config = SHAPES[arguments.shape]
     spec = config.kv_cache_spec(
         num_slots=arguments.batch, max_seq_len=config.max_position_embeddings, page_bytes=arguments.page_kib * 1024
     )
     with jax.default_device(device):
-        programs = Programs(_random_model(config), eos_ids=frozenset(), decode_tokens=1, device=device)
+        programs = Programs(random_model(config), eos_ids=frozenset(), decode_tokens=1, device=device)
         others = _machine.OtherLoad()
         actions = [functools.partial(_decode, programs, spec, mode, arguments) for mode in _MODES]
         results = interleave(actions, arguments.rounds)
-    rows = [_row(mode, runs) for mode, runs in zip(_MODES, results, strict=True)]
-    for row in rows:
+    table_rows = [_row(mode, runs) for mode, runs in zip(_MODES, results, strict=True)]
+    for row in table_rows:
         for name in ("p50_ms", "p99_ms"):
-            row[f"{name}_ratio"] = row[name] / rows[0][name]
+            row[f"{name}_ratio"] = row[name] / table_rows[0][name]
     return Report(
         name="decode_step",
         command="",
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> Report:
             "tokens_per_page": spec.tokens_per_page,
             "other_programs_cpu_share": round(others.share(), 3),
         },
-        tables=(Table("Time of a decode step, by how its memory is mapped", _COLUMNS, tuple(rows)),),
+        tables=(Table("Time of a decode step, by how its memory is mapped", _COLUMNS, tuple(table_rows)),),
         notes=(
             "against: the same figure divided by that of memory mapped beforehand.",
             "waited: time in which step() waited for the mapper, as a share of all steps.",
@@ -146,16 +146,16 @@ def _decode(programs: Programs, spec: KVCacheSpec, mode: str, arguments: argpars
     ) as manager:
         slots = np.asarray([manager.allocate(total) for _ in range(batch)], np.int32)
         lengths = np.full(spec.num_slots, context, np.int32)
-        _fill(manager, slots, lengths, total if mode == "beforehand" else context)
+        fill(manager, slots, lengths, total if mode == "beforehand" else context)
         before = manager.stats()
         tokens = np.zeros(batch, np.int32)
         seconds = []
         for _ in range(_WARMUP_STEPS + arguments.steps):
             start = perf_counter()
-            rows = _rows(slots, int(lengths[0]))
+            batch_rows = rows(slots, int(lengths[0]))
             lengths = lengths + 1
             cache = manager.step(lengths)
-            produced, _, order = programs.decode(cache, rows, tokens)
+            produced, _, order = programs.decode(cache, batch_rows, tokens)
             del cache
             manager.finish(order)
             tokens = np.asarray(produced)[:, 0]
@@ -171,7 +171,8 @@ def _decode(programs: Programs, spec: KVCacheSpec, mode: str, arguments: argpars
     }
 
 
-def _rows(slots: np.ndarray, cached: int) -> Rows:
+def rows(slots: np.ndarray, cached: int) -> Rows:
+    """A batch of which every request has `cached` tokens."""
     size = slots.size
     return Rows(
         slots=slots,
@@ -183,7 +184,7 @@ def _rows(slots: np.ndarray, cached: int) -> Rows:
     )
 
 
-def _fill(manager: KVCacheManager, slots: np.ndarray, lengths: np.ndarray, mapped: int) -> None:
+def fill(manager: KVCacheManager, slots: np.ndarray, lengths: np.ndarray, mapped: int) -> None:
     """Backs `mapped` tokens of every slot and writes random K and V to those in `lengths`."""
     cache = manager.step(np.full_like(lengths, mapped))
     context = int(lengths[0])
@@ -204,7 +205,7 @@ def _append(cache: KVCache, key: jax.Array, slots: jax.Array, positions: jax.Arr
     return cache.order
 
 
-def _random_model(config: LlamaConfig) -> Llama:
+def random_model(config: LlamaConfig) -> Llama:
     """A model with random bfloat16 weights, made on the device one array at a time."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
     leaves, treedef = jax.tree.flatten(state)

@@ -2,7 +2,7 @@
 
 `reference` runs on the host backend in strict mode: reading a token that is not mapped ends the process. `triton`
 runs on a GPU, and without one in Pallas' interpreter over an ordinary array whose unused part is NaN. What is mapped
-behind a request's last token holds NaN everywhere.
+behind a request's last token holds NaN, but for `cudnn`, which is promised numbers: test_attention_cudnn.py.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from compile_helpers import entry_dependencies
 from reference_attention import reference_attention
 
 from jax_vattention import KVCache, KVCacheManager, KVCacheSpec, LayerGroup, RaggedBatch, attention
-from jax_vattention.attention import api, implementations
+from jax_vattention.attention import api, implementations, picked
 from jax_vattention.attention.features import Features
 from jax_vattention.errors import NotDifferentiableError
 
@@ -28,12 +28,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 
 NONE = Features()
 HOST_PAGE_BYTES = 4096
-ON_GPU = ("mosaic", "triton")
+ON_GPU = ("mosaic", "triton", "cudnn")
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
 every_implementation = pytest.mark.parametrize(
     "implementation", ["reference", "triton-interpret", pytest.param("triton", marks=pytest.mark.gpu)]
 )
+every_decode = pytest.mark.parametrize(
+    "implementation",
+    ["reference", "triton-interpret", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cudnn"))],
+)
 real_memory = pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=pytest.mark.gpu)])
+real_memory_decode = pytest.mark.parametrize(
+    "implementation", ["reference", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cudnn"))]
+)
 
 
 def device_for(implementation):
@@ -46,9 +53,14 @@ def device_for(implementation):
 
 
 def make_spec(
-    implementation, *, head_dim=64, kv_heads=2, num_slots=6, max_seq_len=700, dtype=jnp.float32, layers=2, **options
+    implementation, *, head_dim=64, kv_heads=2, num_slots=6, max_seq_len=700, dtype=None, layers=2, **options
 ):
+    """What `implementation` serves of it: `cudnn` no float32, which is the default, and one layout."""
     page_bytes = 2 << 20 if implementation in ON_GPU else HOST_PAGE_BYTES
+    if implementation == "cudnn":
+        options = {"layout": "layer_major", **options}
+    if dtype is None:
+        dtype = jnp.bfloat16 if implementation == "cudnn" else jnp.float32
     return KVCacheSpec(layers, kv_heads, head_dim, num_slots, max_seq_len, dtype, page_bytes, **options)
 
 
@@ -74,6 +86,11 @@ program = jax.jit(_program, static_argnames=("implementation", "scale"))
 program_of_layer = jax.jit(_program, static_argnames=("implementation", "scale", "layer"))
 
 
+def program_for(spec):
+    """With the layer as an operand, if the cache is one array."""
+    return program if not spec.groups and spec.layout == "token_major" else program_of_layer
+
+
 @jax.jit
 def fill(cache, values, slot, count):
     """Writes `values` `[tokens, layers, 2, heads, dim]` into a slot, and NaN into the rest of `count` mapped tokens."""
@@ -95,8 +112,15 @@ def opened_manager(implementation, spec):
         yield manager
 
 
-def fill_manager(manager, contents, seen=None):
-    """`contents`: slot -> K and V `[tokens, layers, 2, heads, dim]`; `seen`: slot -> tokens whose queries are over."""
+def fill_manager(manager, contents, seen=None, garbage=np.nan):
+    """Writes tokens, and behind them what no query may see.
+
+    Args:
+      manager: its slots are all allocated.
+      contents: slot -> K and V `[tokens, layers, 2, heads, dim]`.
+      seen: slot -> tokens whose queries are over.
+      garbage: a number, or K and V of a token `[layers, 2, heads, dim]`.
+    """
     spec = manager.spec
     while manager.stats().slots_live < spec.num_slots:
         manager.allocate()
@@ -104,7 +128,7 @@ def fill_manager(manager, contents, seen=None):
         cache = manager.step({slot: len(kv)})
         # Garbage to the end of the last page; on a GPU pages are large: some tiles of it are enough.
         count = min(int(cache.mapped_lens[slot]), len(kv) + 300)
-        values = np.full((spec.max_seq_len + 300, *kv.shape[1:]), np.nan, np.float32)
+        values = np.broadcast_to(garbage, (spec.max_seq_len + 300, *kv.shape[1:])).astype(np.float32)
         values[: len(kv)] = kv
         manager.finish(fill(cache, jnp.asarray(values, spec.dtype), slot, count))
         del cache
@@ -126,9 +150,21 @@ def make_batch(slots, q_lens, kv_lens, max_q_len=None):
 
 
 def check(
-    implementation, spec, q_heads, requests, *, tokens=None, max_q_len=None, scale=None, layers=(1,), features=NONE
+    implementation,
+    spec,
+    q_heads,
+    requests,
+    *,
+    tokens=None,
+    max_q_len=None,
+    scale=None,
+    layers=(1,),
+    features=NONE,
+    garbage=None,
 ):
     """`requests`: (q_len, kv_len) each; kv_len 0 with q_len 0 is an idle row whose slot has nothing mapped."""
+    if garbage is None:
+        garbage = 1e4 if implementation == "cudnn" else np.nan
     rng = np.random.default_rng(0)
     q_lens, kv_lens = (list(x) for x in zip(*requests, strict=True))
     slots = list(range(spec.num_slots))[::-1][: len(requests)]
@@ -137,17 +173,15 @@ def check(
     q = jnp.asarray(rng.standard_normal((tokens, q_heads, spec.head_dim)), spec.dtype)
     batch = make_batch(slots, q_lens, kv_lens, max_q_len)
     seen = {slot: kv_len - q_len for slot, q_len, kv_len in zip(slots, q_lens, kv_lens, strict=True)}
-    one_array = not spec.groups and spec.layout == "token_major"
     with contextlib.ExitStack() as stack:
         if implementation == "triton-interpret":
             cache = plain_cache(spec, contents, seen)
         else:
             manager = stack.enter_context(opened_manager(implementation, spec))
-            fill_manager(manager, contents, seen)
+            fill_manager(manager, contents, seen, garbage)
             cache = manager.step({slot: len(kv) for slot, kv in contents.items()})
         for layer in layers:
-            run = program if one_array else program_of_layer
-            out, order = run(q, cache, layer, batch, features, implementation=implementation, scale=scale)
+            out, order = program_for(spec)(q, cache, layer, batch, features, implementation=implementation, scale=scale)
             assert out.shape == q.shape
             assert out.dtype == q.dtype
             np.testing.assert_array_equal(np.asarray(order), 0)
@@ -186,9 +220,9 @@ def boundary_lengths(spec):
     return sorted({end + step for end in ends for step in (-1, 0, 1) if end + step > 0} | {1, spec.max_seq_len})
 
 
-@every_implementation
+@every_decode
 def test_decode_at_boundaries(implementation):
-    spec = make_spec(implementation, max_seq_len=1100 if implementation == "triton" else 300)
+    spec = make_spec(implementation, max_seq_len=1100 if implementation in ON_GPU else 300)
     lengths = boundary_lengths(spec)
     for first in range(0, len(lengths), spec.num_slots):
         some = lengths[first : first + spec.num_slots]
@@ -214,16 +248,17 @@ def test_prefill_chunks_decodes_and_idle_rows_mixed(implementation, max_q_len):
     check(implementation, make_spec(implementation), 6, requests, tokens=300, max_q_len=max_q_len, layers=(0, 1))
 
 
-@every_implementation
+@every_decode
 def test_decode_with_idle_rows_and_padding(implementation):
     requests = [(0, 0), (1, 33), (0, 0), (1, 600), (0, 0), (0, 0)]
     check(implementation, make_spec(implementation), 4, requests, tokens=9, max_q_len=1, layers=(0, 1))
 
 
-@every_implementation
+@every_decode
 def test_nothing_is_read_when_all_rows_are_idle(implementation):
     check(implementation, make_spec(implementation), 4, [(0, 0)] * 6, tokens=6, max_q_len=1)
-    check(implementation, make_spec(implementation), 4, [(0, 0)] * 6, tokens=40, max_q_len=8)
+    if implementation != "cudnn":
+        check(implementation, make_spec(implementation), 4, [(0, 0)] * 6, tokens=40, max_q_len=8)
 
 
 @every_implementation
@@ -275,7 +310,7 @@ def test_layouts_and_windows(implementation, variant, dtype):
     check(implementation, spec, 6, prefill, tokens=400, layers=(0, 1, 2))
 
 
-@every_implementation
+@every_decode
 def test_scale_is_a_factor_of_the_scores(implementation):
     check(implementation, make_spec(implementation), 4, [(1, 50), (1, 3)], scale=0.5)
 
@@ -366,31 +401,31 @@ def test_chunks_equal_one_pass(implementation):
     np.testing.assert_allclose(parts, whole, atol=1e-5, rtol=1e-5)
 
 
-@real_memory
+@real_memory_decode
 def test_reads_and_writes_keep_their_order(implementation):
     """Each read sees the append before it and not the one after it, though both are of the same token."""
     spec = make_spec(implementation, num_slots=1, layers=1, max_seq_len=300)
-    rounds = 8
+    rounds, tokens = 8, 256  # results are exact in bfloat16
 
     @jax.jit
     def overwrite(q, cache, values, batch):
         reads = []
         index = batch.token_index(1)
         for value in values:
-            new = jnp.full((1, spec.num_kv_heads, spec.head_dim), value)
+            new = jnp.full((1, spec.num_kv_heads, spec.head_dim), value, spec.dtype)
             cache = cache.append(new, new, layer=0, slots=index.slots, positions=index.positions)
             out, cache = attention(q, cache, layer=0, batch=batch, implementation=implementation)
             reads.append(out[0, 0, 0])
         return jnp.stack(reads), cache.order
 
-    q = jnp.zeros((1, 4, spec.head_dim))
+    q = jnp.zeros((1, 4, spec.head_dim), spec.dtype)
     with opened_manager(implementation, spec) as manager:
-        fill_manager(manager, {0: np.zeros((250, 1, 2, spec.num_kv_heads, spec.head_dim), np.float32)})
-        cache = manager.step({0: 250})
-        values = jnp.arange(1, rounds + 1, dtype=jnp.float32) * 250
+        fill_manager(manager, {0: np.zeros((tokens, 1, 2, spec.num_kv_heads, spec.head_dim), np.float32)}, garbage=0)
+        cache = manager.step({0: tokens})
+        values = jnp.arange(1, rounds + 1, dtype=jnp.float32) * tokens
         for _ in range(20):
-            reads, order = overwrite(q, cache, values, make_batch([0], [1], [250]))
-            np.testing.assert_allclose(np.asarray(reads), np.arange(1, rounds + 1), rtol=1e-5)
+            reads, order = overwrite(q, cache, values, make_batch([0], [1], [tokens]))
+            np.testing.assert_allclose(np.asarray(reads, np.float32), np.arange(1, rounds + 1), rtol=1e-5)
             manager.finish(order)
         del cache
 
@@ -492,7 +527,7 @@ class TestArguments:
             ({"shape": (1, 3, 64)}, "3 heads, which is not a multiple of the cache's 2"),
             ({"layer": 2}, "layer: expected 0 to 1, got 2"),
             ({"layer": -1}, "layer: expected 0 to 1, got -1"),
-            ({"implementation": "fast"}, "mosaic, triton, reference, got 'fast'"),
+            ({"implementation": "fast"}, "mosaic, triton, cudnn, reference, got 'fast'"),
             ({"implementation": ()}, "empty sequence"),
             ({"soft_cap": 0}, "soft_cap must be positive and finite, got 0; pass None"),
             ({"soft_cap": -1.0}, "soft_cap must be positive and finite, got -1.0"),
@@ -567,11 +602,51 @@ class TestArguments:
                 self.run(implementation="gone")
 
     def test_first_implementation_for_the_platform_is_used(self):
-        assert implementations() == ("mosaic", "triton", "reference")
+        assert implementations() == ("mosaic", "triton", "cudnn", "reference")
         with jax.default_device(jax.devices("cpu")[0]):
             chosen = [self.run(implementation=which) for which in (None, ("triton", "reference"), "reference")]
         for out in chosen:
             np.testing.assert_allclose(np.asarray(out), 1, rtol=1e-6)
+
+    @pytest.mark.usefixtures("picky")
+    def test_what_was_picked_is_said_once_for_arguments_of_a_kind(self, caplog):
+        kind = jax.devices("cpu")[0].device_kind
+        api._say_once.cache_clear()
+        with jax.default_device(jax.devices("cpu")[0]), caplog.at_level("INFO", "jax_vattention.attention"):
+            for sinks in (None, jnp.zeros(4), None, jnp.ones(4)):
+                self.run(sinks=sinks)
+                self.run(sinks=sinks, implementation="reference")  # named: nothing to say
+        heads = "decode, float32, 4 query and 2 KV heads of 64, token_major"
+        only = "'mosaic' runs on cuda only; 'triton' runs on cuda only; 'cudnn' runs on cuda only"
+        assert caplog.messages == [
+            f"attention on {kind}: {heads}: 'picky'",
+            f"attention on {kind}: {heads}, sinks: 'reference' ('picky' does not serve sinks; {only})",
+        ]
+
+    @pytest.mark.usefixtures("picky")
+    @pytest.mark.parametrize("abstract", [False, True], ids=["arrays", "shapes"])
+    def test_picked_tells_without_running(self, abstract):
+        arguments = (jnp.ones((1, 4, 64)), self.cache(), make_batch([0], [1], [5]), jnp.zeros(4))
+        if abstract:
+            arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+        q, cache, batch, sinks = arguments
+        with jax.default_device(jax.devices("cpu")[0]):
+            tell = functools.partial(picked, q, cache, layer=0, batch=batch)
+            assert tell() == "picky"
+            assert tell(sinks=sinks) == "reference"
+            assert tell(implementation=("triton", "reference")) == "reference"
+            with pytest.raises(ValueError, match="'triton' runs on cuda only; 'picky' does not serve sinks: pass"):
+                tell(implementation=("triton", "picky"), sinks=sinks)
+            with pytest.raises(ValueError, match="layer: expected 0 to 1, got 2"):
+                picked(q, cache, layer=2, batch=batch)
+
+    @pytest.mark.gpu
+    def test_picked_on_a_gpu(self):
+        spec = dataclasses.replace(self.spec, dtype=jnp.bfloat16, head_dim=128, page_bytes=2 << 20)
+        q = jax.ShapeDtypeStruct((1, 4, 128), jnp.bfloat16)
+        for device, names in ((device_for("triton"), ("mosaic", "triton")), (jax.devices("cpu")[0], ("reference",))):
+            with jax.default_device(device):
+                assert picked(q, abstract_cache(spec), layer=0, batch=make_batch([0], [1], [5])) in names
 
     def test_no_tokens(self):
         assert self.run(shape=(0, 4, 64)).shape == (0, 4, 64)

@@ -13,7 +13,7 @@ import pytest
 from caches import plain_cache, read_token
 
 from benchmarks import __main__ as command
-from benchmarks import _alternatives, _attention, _timing, decode
+from benchmarks import _alternatives, _attention, _timing, _trace, accuracy, decode, launches
 from benchmarks._report import Column, Report, Table
 from benchmarks._timing import Timing, back_to_back, interleave
 from jax_vattention import KVCacheSpec
@@ -228,6 +228,80 @@ def test_prefill_counts_visible_pairs(tmp_path):
         assert row["of_product"] == pytest.approx(row["tflops"] / product["tflops"])
 
 
+# Two steps of two layers, as XLA's profiler describes them: kernels on one stream, by themselves and in a graph.
+GPU_TRACE = """
+planes {
+  name: "/device:GPU:0"
+  lines { name: "Stream #17(MemcpyD2D,Kernel)" timestamp_ns: 1000
+    EVENTS
+  }
+  lines { name: "XLA Ops" timestamp_ns: 1000 events { metadata_id: 1 offset_ps: 0 duration_ps: 9000000 } }
+  event_metadata { key: 1 value { id: 1 name: "attention_decode" } }
+  event_metadata { key: 2 value { id: 2 name: "append" } }
+  event_metadata { key: 3 value { id: 3 name: "MemcpyD2D" } }
+  stat_metadata { key: 1 value { id: 1 name: "cuda_graph_id" } }
+  stat_metadata { key: 2 value { id: 2 name: "kernel_details" } }
+}
+planes {
+  name: "/host:CUPTI"
+  lines { name: "Host Threads/1" timestamp_ns: 900
+    events { metadata_id: 1 } events { metadata_id: 2 } events { metadata_id: 2 } events { metadata_id: 3 }
+  }
+  event_metadata { key: 1 value { id: 1 name: "cuGraphLaunch (CudaGraph:7)" } }
+  event_metadata { key: 2 value { id: 2 name: "append" } }
+  event_metadata { key: 3 value { id: 3 name: "cuEventRecord" } }
+}
+""".replace(
+    "EVENTS",
+    "\n".join(
+        f"events {{ metadata_id: {kernel} offset_ps: {at}000000 duration_ps: {us}000000 {stats} }}"
+        for step in range(2)
+        for kernel, at, us, stats in (
+            (3, 40 * step + 20, 1, ""),
+            (2, 40 * step + 1, 2, "stats { metadata_id: 1 uint64_value: 7 }"),
+            (1, 40 * step + 5, 10, "stats { metadata_id: 1 uint64_value: 7 } stats { metadata_id: 2 str_value: 'x' }"),
+            (2, 40 * step + 22, 3, "stats { metadata_id: 1 uint64_value: 0 }"),
+            (1, 40 * step + 26, 12, ""),
+        )
+    ),
+)
+
+
+def test_launches_are_read_from_a_trace():
+    from jax.profiler import ProfileData
+
+    trace = _trace.Trace.of(ProfileData.from_text_proto(GPU_TRACE))
+    assert [operation.name for operation in trace.operations][:5] == [
+        *("append", "attention_decode", "MemcpyD2D", "append", "attention_decode")
+    ]
+    measured = launches.Measured(trace, Timing.of([80e-6, 60e-6, 100e-6]), layers=2, steps=2)
+    row = launches.summary(measured)
+    assert row == {
+        "wall_us": pytest.approx(40),
+        "layers": 2,
+        "launches": 2.5,
+        "copies": 0.5,
+        "busy_us": pytest.approx(14),
+        "in_graphs": 0.4,
+        "graph_launches": 0.5,
+        "single_launches": 3.0,
+    }
+    kernels = [(row["kernel"], row["launches"], row["busy_us"]) for row in launches.by_kernel(measured)]
+    assert kernels == [("attention_decode", 1, 11), ("append", 1, 2.5), ("MemcpyD2D", 0.5, 0.5)]
+    assert sum(row["in_graphs"] * row["launches"] for row in launches.by_kernel(measured)) == 1
+
+
+def test_launches_of_every_program(tmp_path):
+    tables = tiny_tables("launches", tmp_path / "launches.json")
+    rows = tables["Launches of a layer of a decode step"]
+    ours = [f"append and reference, {layout}" for layout in _attention.LAYOUTS]
+    assert [row["program"] for row in rows] == [*ours, "engine decode"]
+    for row in rows:
+        assert finite(row, "wall_us")
+        assert finite(row, "launches", "busy_us") if jax.default_backend() == "gpu" else row["note"]
+        assert (row["program"] in {each["program"] for each in tables["By kernel, of a layer"]}) == (not row["note"])
+
+
 def test_mixed_compares_one_call_with_two(tmp_path):
     options = ["--layouts", "token_major", "--only", "16 at 32, 3x32"]
     path = tmp_path / "mixed.json"
@@ -241,7 +315,45 @@ def test_mixed_compares_one_call_with_two(tmp_path):
     assert row["note"] == ""
 
 
-@pytest.mark.parametrize("name", ["decode", "prefill", "mixed"])
+def test_accuracy_compares_with_float64_and_with_cudnn(tmp_path):
+    path = tmp_path / "accuracy.json"
+    options = ["--shapes", "tiny", "--implementations", "reference"]
+    assert command.main(["accuracy", *options, "--json", str(path)]) == 0
+    [table] = Report.read(path).tables
+    names = [case.name for case in accuracy.cases("tiny")]
+    assert len(set(names)) == 6
+    assert [row["inputs"] for row in table.rows] == [name for name in names for _ in _attention.LAYOUTS]
+    for row in table.rows:
+        assert 0 <= row["error"] < 4e-3, "more than rounding to bfloat16"
+        if jax.default_backend() == "gpu":
+            assert row["ratio"] == max(row["error"], 1e-6) / max(row["cudnn_error"], 1e-6)
+        else:
+            assert row["note"].startswith("cudnn: ")
+            assert row["cudnn_error"] is None
+
+
+@pytest.mark.parametrize("case", accuracy.cases("tiny"), ids=lambda case: f"{case.name}, {case.step}")
+def test_accuracy_asks_cudnn_for_the_same(case):
+    """By XLA in the place of cuDNN."""
+    inputs = case.inputs(_attention.SIZES["tiny"])
+    expected = accuracy.exact(case, inputs)
+    found = accuracy.cudnn(case, inputs, implementation="xla")
+    assert found.shape == expected.shape
+    assert accuracy.relative_error(case, found, expected) < 1.5e-2
+
+
+def test_accuracy_takes_the_request_with_the_largest_error():
+    case = accuracy.Case("", (1, 0, 2), (4, 3, 5))
+    expected = np.ones((3, 2, 4))
+    found = expected.copy()
+    found[0] *= 1.25
+    found[2] *= 1.5
+    assert accuracy.relative_error(case, found, expected) == pytest.approx(0.5 / 2**0.5)
+    found[0, 0, 0] = np.nan
+    assert math.isnan(accuracy.relative_error(case, found, expected))
+
+
+@pytest.mark.parametrize("name", ["decode", "launches", "prefill", "mixed"])
 def test_attention_benchmarks_refuse_a_machine_without_a_gpu(name, capsys, monkeypatch):
     monkeypatch.setattr("jax.default_backend", lambda: "cpu")
     assert command.main([name]) == 1
@@ -254,8 +366,8 @@ def test_attention_benchmarks_refuse_a_machine_without_a_gpu(name, capsys, monke
 def test_caches_are_filled_with_random_tokens_in_the_layers_that_are_read(layout):
     work = _attention.Work("", (1, 1), (37, 5))
     sizes = _attention.SIZES["tiny"]
-    with _attention._manager(work, sizes, layout) as manager:
-        slots = _attention._fill(manager, work.kv_lens, sizes.layers)
+    with _attention.manager_for(work, sizes, layout) as manager:
+        slots = _attention.fill(manager, work.kv_lens, sizes.layers)
         cache = manager.step({})
         tokens = [read_token(cache, slot, position) for slot, position in zip(slots * 2, (0, 0, 36, 4), strict=True)]
         del cache

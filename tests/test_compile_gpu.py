@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from caches import abstract_cache
-from compile_helpers import TARGETS, assert_views_not_copied, compile_for, cuda_plugin_installed, instructions
+from compile_helpers import (
+    TARGETS,
+    assert_views_not_copied,
+    compile_for,
+    cuda_plugin_installed,
+    entry_dependencies,
+    instructions,
+)
 
 from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch, attention
 
@@ -139,3 +146,35 @@ def test_features_fit_every_gpu(target, max_q_len, features):
     each = compile_for(target, capped, *args)
     assert_views_not_copied(each, spec)
     assert len(gpu_kernels(each)) == 2, "the GPU implementation was not chosen"
+
+
+def appended_and_read(q, k, cache, batch):
+    index = batch.token_index(q.shape[0])
+    for layer in range(3):
+        at = {"layer": layer, "slots": index.slots, "positions": index.positions, "mask": index.mask}
+        cache = cache.append(k, k, **at)
+        q, cache = attention(q, cache, layer=layer, batch=batch, implementation="cudnn")
+    return q, cache.order
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("dtype", "head_dim"), [(jnp.bfloat16, 128), (jnp.float16, 64)], ids=["bfloat16", "float16"])
+def test_cudnn_reads_the_view_itself_between_two_appends(target, dtype, head_dim):
+    spec = KVCacheSpec(3, 8, head_dim, REQUESTS, 131072, dtype, layout="layer_major")
+    k = jax.ShapeDtypeStruct((REQUESTS, 8, head_dim), dtype)
+    each = compile_for(target, appended_and_read, abstract_q(spec, 1), k, abstract_cache(spec), abstract_batch(1))
+    assert_views_not_copied(each, spec)
+    found = entry_dependencies(each)
+    calls = [name for name, (opcode, _) in found.items() if opcode == "custom-call"]
+    lines = {name: rest for name, _, opcode, rest in instructions(each) if opcode == "custom-call"}
+    reads = [name for name in calls if 'custom_call_target="__cudnn$fmhaSoftmax"' in lines[name]]
+    appends = [name for name in calls if 'custom_call_target="jax_vattention.append"' in lines[name]]
+    assert (len(reads), len(appends)) == (3, 3)
+    views = [name for name, (opcode, _) in found.items() if opcode == "parameter" and "views" in name]
+    for layer, read in enumerate(reads):
+        used = [view for view in views if f"%{view}," in lines[read]]
+        assert len(used) == 2, "cuDNN does not read the parameters themselves"
+        assert appends[layer] in found[read][1], "a read does not wait for the append before it"
+        assert layer == 2 or read in found[appends[layer + 1]][1], "an append does not wait for the read before it"
+    *_, result = found
+    assert reads[-1] in found[result][1], "the order token that is returned does not depend on the read"

@@ -2,5 +2,6 @@
 
 from .api import attention as attention
 from .api import implementations as implementations
+from .api import picked as picked
 
-__all__ = ["attention", "implementations"]
+__all__ = ["attention", "implementations", "picked"]

@@ -8,7 +8,7 @@ import importlib
 import logging
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax_vattention.differentiation import not_differentiable
 if TYPE_CHECKING:
     from jax_vattention.cache import KVCache, LayerView
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger(__package__)
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -61,6 +61,7 @@ class _Implementation:
 _IMPLEMENTATIONS = {
     "mosaic": _Implementation("pallas_mosaic", ("cuda",)),
     "triton": _Implementation("pallas_triton", ("cuda",)),
+    "cudnn": _Implementation("cudnn", ("cuda",)),
     "reference": _Implementation("reference", None),
 }
 
@@ -86,7 +87,8 @@ def attention(
 
     K and V of this step's tokens must have been appended before. A query of position `p` sees keys `0..p`, or those
     of its layer's window. Nothing at or past a request's `kv_lens`, nothing that its slot has no memory for, and
-    nothing at all for a request without queries is ever addressed.
+    nothing at all for a request without queries is ever addressed. (Only `cudnn` reads more: all of the tile that holds
+    a request's last key.)
 
     Args:
       q: `[tokens, num_q_heads, head_dim]`; query heads `h * group .. (h + 1) * group - 1` use KV head `h`.
@@ -104,7 +106,8 @@ def attention(
         a query of position `p` sees keys `0..max(p, prefix_len - 1)` of those below `kv_lens`. Append a prefix in
         one step: a query does not see what a later step appends. Not for layers with a window.
       implementation: a name, or names of which the first is used that serves these arguments and the platform that
-        the program is lowered for; `None` tries all (`implementations()`).
+        the program is lowered for; `None` tries all (`implementations()`). Which it was, and why not an earlier one,
+        the logger `jax_vattention.attention` says at level INFO, once for arguments of a kind; see `picked`.
 
     Returns:
       The result, shape and dtype of `q` (0 in rows of padding tokens), and the cache with the order token that
@@ -114,19 +117,48 @@ def attention(
       ValueError, TypeError: an argument does not fit the cache, or no implementation that was named serves it.
       NotDifferentiableError: a derivative is asked for.
     """
-    view = cache.layer_view(layer)
-    _check_query(q, view)
-    _check_batch(batch)
-    scale = view.head_dim**-0.5 if scale is None else _checked_scale(scale)
-    features = Features.checked(soft_cap, sinks, prefix_lens, num_q_heads=q.shape[1], view=view, batch=batch)
-    batch = _readable(view, batch)
-    features = features.bounded(batch)
-    names = _serving(_checked_names(implementation), q, view, batch, features)
+    operands = _checked(q, cache, layer, batch, soft_cap, sinks, prefix_lens)
+    scale = operands.view.head_dim**-0.5 if scale is None else _checked_scale(scale)
+    names = _serving(_checked_names(implementation), operands)
     if q.shape[0] == 0 or batch.num_requests == 0:
         return jnp.zeros_like(q), cache
+    q, view, batch, features = operands
     q, view, features = not_differentiable((q, view, features))
     out, order = _dispatch(q, view, cache.order, batch, features, scale=scale, names=names)
     return out, cache.with_order(order)
+
+
+def picked(
+    q: jax.Array,
+    cache: KVCache,
+    *,
+    layer: int | jax.Array,
+    batch: RaggedBatch,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    prefix_lens: jax.Array | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> str:
+    """The name of the implementation that `attention` takes for these arguments; nothing runs.
+
+    It is the one for the device that a program would be lowered for here: that of `jax.default_device`, or the first.
+    Arrays may be `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ValueError, TypeError: as `attention`; or none that was named is for this platform.
+    """
+    names, device = _checked_names(implementation), _Device.current(None)
+    choices = []
+
+    def look(q, cache, batch, sinks, prefix_lens):
+        operands = _checked(q, cache, layer, batch, soft_cap, sinks, prefix_lens)
+        choices.append(_choice(names, _refusals(names, operands), device.platform))
+
+    jax.eval_shape(look, q, cache, batch, sinks, prefix_lens)
+    [(name, reasons)] = choices
+    if name is None:
+        raise ValueError(f"attention: {'; '.join(reasons)}: pass implementation=None, which takes one that does")
+    return name
 
 
 # A jit of its own: the platform is resolved when the program is lowered, also for eager calls, and the kernels
@@ -141,21 +173,86 @@ def _dispatch(q, view, order, batch, features, *, scale: float, names: tuple[str
     return lax.platform_dependent(q, view, order, batch, features, **branches, default=otherwise)
 
 
-def _serving(names: tuple[str, ...], *operands: Any) -> tuple[str, ...]:
+class _Operands(NamedTuple):
+    """What `refusal` looks at, checked."""
+
+    q: jax.Array
+    view: LayerView
+    batch: RaggedBatch
+    features: Features
+
+    def kind(self) -> str:
+        """What `refusal` can tell apart, for a reader."""
+        q, view, features = self.q, self.view, self.features
+        used = [name for name in ("soft_cap", "sinks", "prefix_lens") if getattr(features, name) is not None]
+        used += [] if view.window is None else [f"a window of {view.window}"]
+        kv_dtype = "" if view.k.dtype == q.dtype else f" on {view.k.dtype.name}"
+        return (
+            f"{'decode' if self.batch.max_q_len == 1 else 'prefill'}, {jnp.dtype(q.dtype).name}{kv_dtype}, "
+            f"{q.shape[1]} query and {view.num_kv_heads} KV heads of {view.head_dim}, "
+            f"{'token_major' if view.v is None else 'layer_major'}{''.join(f', {name}' for name in used)}"
+        )
+
+
+class _Device(NamedTuple):
+    """What programs are traced for, as far as that is known then."""
+
+    platform: str
+    """As lowering names it: 'cuda', not 'gpu'."""
+    kind: str
+
+    @classmethod
+    def current(cls, q: jax.Array | None) -> _Device:
+        """That of `q`, if it is on one; else of a program compiled for a device that is not there; else the default."""
+        described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+        if described is not None:
+            return cls(getattr(described, "platform", None) or "cuda", described.device_kind)
+        device = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
+        if isinstance(device, str):
+            device = jax.devices(device)[0]
+        if isinstance(q, jax.Array) and not isinstance(q, jax.core.Tracer):
+            [device, *_] = q.devices()
+        cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
+        return cls("cuda" if cuda else device.platform, device.device_kind)
+
+
+def _serving(names: tuple[str, ...], operands: _Operands) -> tuple[str, ...]:
     """Those of `names` that serve these arguments; which platform it is for turns out when a program is lowered."""
-    refusals = {name: _IMPLEMENTATIONS[name].refusal(*operands) for name in names}
+    refusals = _refusals(names, operands)
     serving = tuple(name for name in names if refusals[name] is None)
-    for name in names[: names.index(serving[0])] if serving else ():
-        _say_once(name, str(refusals[name]))
     if not serving:
-        reasons = "; ".join(f"{name!r} does not serve {refusal}" for name, refusal in refusals.items())
-        raise ValueError(f"attention: {reasons}: pass implementation=None, which takes one that does")
+        refused = "; ".join(f"{name!r} does not serve {refusal}" for name, refusal in refusals.items())
+        raise ValueError(f"attention: {refused}: pass implementation=None, which takes one that does")
+    if len(names) > 1 and _log.isEnabledFor(logging.INFO):
+        device = _Device.current(operands.q)
+        picked_name, reasons = _choice(names, refusals, device.platform)
+        _say_once(f"{device.kind}: {operands.kind()}", picked_name, "; ".join(reasons))
     return serving
 
 
+def _refusals(names: tuple[str, ...], operands: _Operands) -> dict[str, str | None]:
+    return {name: _IMPLEMENTATIONS[name].refusal(*operands) for name in names}
+
+
+def _choice(
+    names: tuple[str, ...], refusals: dict[str, str | None], platform: str
+) -> tuple[str | None, tuple[str, ...]]:
+    """The first of `names` for a platform, if there is one, and why it was none before it."""
+    reasons = []
+    for name in names:
+        platforms = _IMPLEMENTATIONS[name].platforms
+        if platforms is not None and platform not in platforms:
+            reasons.append(f"{name!r} runs on {', '.join(platforms)} only")
+        elif (refusal := refusals[name]) is not None:
+            reasons.append(f"{name!r} does not serve {refusal}")
+        else:
+            return name, tuple(reasons)
+    return None, tuple(reasons)
+
+
 @functools.cache
-def _say_once(name: str, reason: str) -> None:
-    _log.debug("attention: %r does not serve %s: the next one is taken", name, reason)
+def _say_once(kind: str, name: str | None, reasons: str) -> None:
+    _log.info("attention on %s: %s%s", kind, "none" if name is None else repr(name), f" ({reasons})" if reasons else "")
 
 
 def _branches(names: tuple[str, ...]) -> tuple[_Implementation | None, dict[str, _Implementation]]:
@@ -194,6 +291,20 @@ def _checked_scale(scale: float) -> float:
     if isinstance(scale, jax.core.Tracer):
         raise TypeError("attention: scale must be a Python number, not a traced value; multiply q by it instead")
     return float(scale)
+
+
+def _checked(q, cache, layer, batch, soft_cap, sinks, prefix_lens) -> _Operands:
+    """The operands of an implementation.
+
+    Raises:
+      ValueError, TypeError: they do not fit each other.
+    """
+    view = cache.layer_view(layer)
+    _check_query(q, view)
+    _check_batch(batch)
+    features = Features.checked(soft_cap, sinks, prefix_lens, num_q_heads=q.shape[1], view=view, batch=batch)
+    batch = _readable(view, batch)
+    return _Operands(q, view, batch, features.bounded(batch))
 
 
 def _check_query(q: jax.Array, view: LayerView) -> None:

@@ -566,7 +566,7 @@ def _clear_unseen(v, piece: _Piece, first) -> None:
 
     @pl.when(outside)
     def _():
-        values = plgpu.load(v, layout=plgpu.Layout.WGMMA)
+        values = plgpu.load(v, layout=plgpu.Layout.WGMMA)  # type: ignore[call-arg]  # jax 0.10 has another signature
         tokens = first + _iota(v.shape, 0)
         inside = (tokens < piece.end) & (tokens >= piece.of.lower)
         v[...] = jnp.where(inside, values, jnp.zeros_like(values))
