@@ -26,7 +26,7 @@ def abstract_cache(spec):
 
 
 def fitting_scales(kv):
-    """float32 `[layers, 2, heads]` that make the largest number of each head of `[tokens, layers, 2, heads, dim]` fit."""
+    """float32 `[layers, 2, heads]`: just large enough for each head of `[tokens, layers, 2, heads, dim]`."""
     return np.abs(kv).max((0, -1)) / np.float32(FLOAT8_MAX)
 
 

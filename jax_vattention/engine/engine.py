@@ -30,7 +30,8 @@ class Engine:
       max_batch: most requests that run at once; programs are compiled for this many rows.
       prefill_tokens: most prompt tokens of one prefill program; longer prompts are prefilled in chunks.
       decode_tokens: tokens that one decode program generates for each request.
-      pool_bytes, pool_share, device, strict, kv_scales: as `KVCacheManager` takes them; half of the free memory by default.
+      pool_bytes, pool_share, device, strict: as `KVCacheManager` takes them; half of the free memory by default.
+      kv_scales: of a float8 cache, likewise.
 
     Raises:
       ValueError: a size is not positive, there are fewer slots than rows, or the scales do not fit the cache.
