@@ -519,14 +519,15 @@ def test_a_prefix_changes_nothing_in_a_decode_step():
 
 
 @real_memory
-def test_offsets_beyond_32_bits(implementation):
-    """The view has more than 2**32 elements, and the last slot is used."""
-    spec = make_spec(implementation, num_slots=4, max_seq_len=5_000_000, layers=2)
-    assert spec.view_bytes > 2**34
+@pytest.mark.parametrize(("dtype", "max_seq_len"), [(jnp.float32, 5_000_000), (jnp.float8_e4m3fn, 1_500_000)])
+def test_offsets_beyond_32_bits(implementation, dtype, max_seq_len):
+    """The view has more than 2**32 elements, and the last slot is used; float8 gets rows for that."""
+    spec = make_spec(implementation, num_slots=4, max_seq_len=max_seq_len, layers=2, dtype=dtype)
+    assert spec.view_bytes > 2**32 * spec.dtype.itemsize
     device = device_for(implementation)
     options = {"strict": True} if device.platform == "cpu" else {}
     rng = np.random.default_rng(2)
-    kv = random_kv(rng, spec, 200)
+    kv = random_kv(rng, spec, 200, np.ones((2, 2, 2), np.float32))
     with (
         jax.default_device(device),
         KVCacheManager(spec, pool_bytes=spec.page_bytes * 400, device=device, **options) as manager,
@@ -534,9 +535,9 @@ def test_offsets_beyond_32_bits(implementation):
         for _ in range(spec.num_slots):
             manager.allocate()
         cache = manager.step({3: 200})
-        manager.finish(fill(cache, jnp.asarray(kv, spec.dtype), 3, 200))
+        manager.finish(fill(cache, jnp.asarray(kv, wide_dtype(spec)), 3, 200))
         for q_len in (1, 30):
-            q = jnp.asarray(rng.standard_normal((q_len, 4, spec.head_dim)), spec.dtype)
+            q = jnp.asarray(rng.standard_normal((q_len, 4, spec.head_dim)), wide_dtype(spec))
             out, order = program(q, cache, 1, make_batch([3], [q_len], [200]), implementation=implementation)
             manager.finish(order)
             expected = reference_attention(q, kv[:, 1, 0], kv[:, 1, 1])
