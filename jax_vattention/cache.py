@@ -9,14 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jax_vattention import ffi
 from jax_vattention.differentiation import not_differentiable
+from jax_vattention.scales import Scales, quantize
 from jax_vattention.spec import KVCacheSpec
 
 GPU_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 """For `jax.jit(compiler_options=)` of every GPU program that takes a cache. XLA counts the view's virtual size as
 device memory; where that is more than there is, its rematerialisation pass computes things twice to make room."""
+
+_QUANTIZED_FROM = ("float32", "float16", "bfloat16", "float8_e4m3fn")
+"""What `append` takes for a float8 cache."""
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +41,15 @@ class LayerView:
     """int32 `[2, num_slots]`: the first token of each slot with memory behind it, and one past the last."""
     window: int | None = dataclasses.field(metadata={"static": True})
     """A query of position `p` sees the keys `p - window + 1 .. p`; None: `0 .. p`."""
+    scale_table: jax.Array | None = None
+    """Of float8: float32 `[layers, 2, num_kv_heads]`, with `layers` and the index of the layer those of `k`."""
+
+    @property
+    def scales(self) -> jax.Array | None:
+        """float32 `[2, num_kv_heads]`: what K and V are to be multiplied with. None: they are not float8."""
+        if self.scale_table is None:
+            return None
+        return lax.dynamic_index_in_dim(self.scale_table, self.layer, keepdims=False)
 
     @property
     def views(self) -> tuple[jax.Array, jax.Array]:
@@ -98,13 +112,22 @@ class KVCache:
       order: int32 `[4]`: the order token. It is a status too: (writes dropped, slot, position and end of the mapped
         tokens of the first of them).
       spec: dimensions.
+      scales: what stored values are to be multiplied with, as `cache_scales` returns it; None unless it is float8.
     """
 
-    def __init__(self, views: Views | None, mapped: tuple[jax.Array, ...], order: jax.Array, spec: KVCacheSpec):
+    def __init__(
+        self,
+        views: Views | None,
+        mapped: tuple[jax.Array, ...],
+        order: jax.Array,
+        spec: KVCacheSpec,
+        scales: Scales | None = None,
+    ):
         self._views = views
         self.mapped = mapped
         self.order = order
         self.spec = spec
+        self.scales = scales
 
     @property
     def views(self) -> Views:
@@ -150,26 +173,32 @@ class KVCache:
         """
         spec = self.spec
         _check_integer("layer", layer)
+        if (self.scales is None) == spec.quantized:
+            raise ValueError(
+                f"KVCache: expected {'scales' if spec.quantized else 'no scales'} for {spec.dtype.name}, got "
+                f"{'none' if spec.quantized else 'some'}; pass scales=cache_scales(spec)"
+            )
         if isinstance(layer, jax.core.Tracer):
             if spec.groups or spec.layout != "token_major":
                 raise TypeError(
                     "layer: expected a Python int, for this cache has several arrays and a traced number cannot choose "
                     "one; unroll the layers, or use layout='token_major' without groups"
                 )
-            return LayerView(self.views[0][0], None, layer.astype(jnp.int32), self.mapped[0], None)
+            return LayerView(self.views[0][0], None, layer.astype(jnp.int32), self.mapped[0], None, self._scales(0, 0))
         number = int(layer)
         if not 0 <= number < spec.num_layers:
             raise ValueError(f"layer: expected 0 to {spec.num_layers - 1}, got {number}")
         g, index = spec.places[number]
         planes, window = self.views[g], spec.kv_groups[g].window
         if spec.layout == "token_major":
-            return LayerView(planes[0], None, jnp.asarray(index, jnp.int32), self.mapped[g], window)
+            at = jnp.asarray(index, jnp.int32)
+            return LayerView(planes[0], None, at, self.mapped[g], window, self._scales(g, 0))
         k, v = planes[2 * index : 2 * index + 2]
-        return LayerView(k, v, jnp.zeros((), jnp.int32), self.mapped[g], window)
+        return LayerView(k, v, jnp.zeros((), jnp.int32), self.mapped[g], window, self._scales(g, index))
 
     def with_order(self, order: jax.Array) -> KVCache:
         """The same cache with the order token of a later read or write."""
-        return KVCache(self._views, self.mapped, order, self.spec)
+        return KVCache(self._views, self.mapped, order, self.spec, self.scales)
 
     def __repr__(self) -> str:
         # Never the arrays themselves: printing a view would touch what is not mapped.
@@ -178,9 +207,9 @@ class KVCache:
         return f"KVCache({shown}, dtype={self.spec.dtype.name})"
 
     def tree_flatten_with_keys(self) -> tuple[tuple, tuple]:
-        """Leaves: the views (outside of traced programs only), `mapped`, `order`."""
+        """Leaves: the views (outside of traced programs only), `mapped`, `order`, and `scales` of float8."""
         key = jax.tree_util.GetAttrKey
-        leaves = ((key("mapped"), self.mapped), (key("order"), self.order))
+        leaves = ((key("mapped"), self.mapped), (key("order"), self.order), (key("scales"), self.scales))
         if self._views is not None and isinstance(self._views[0][0], jax.core.Tracer):
             return leaves, (self.spec, _Traced(self._views))
         return ((key("views"), self._views), *leaves), (self.spec, None)
@@ -190,11 +219,11 @@ class KVCache:
         """The inverse of `tree_flatten_with_keys`."""
         spec, traced = structure
         if traced is None:
-            views, mapped, order = leaves
-            return cls(views, mapped, order, spec)
-        mapped, order = leaves
+            views, mapped, order, scales = leaves
+            return cls(views, mapped, order, spec, scales)
+        mapped, order, scales = leaves
         left_program = isinstance(order, jax.Array) and not isinstance(order, jax.core.Tracer)
-        return cls(None if left_program else traced.get(), mapped, order, spec)
+        return cls(None if left_program else traced.get(), mapped, order, spec, scales)
 
     def append(
         self,
@@ -212,8 +241,10 @@ class KVCache:
         No two tokens of one call may have the same slot and position.
 
         Args:
-          k: `[tokens, num_kv_heads, head_dim]`; or, without `v`, K and V as `[tokens, 2, num_kv_heads, head_dim]`.
-          v: `[tokens, num_kv_heads, head_dim]`.
+          k: `[tokens, num_kv_heads, head_dim]`; or, without `v`, K and V as `[tokens, 2, num_kv_heads, head_dim]`. Of
+            the cache's dtype. A float8 cache takes float32, float16 and bfloat16 too, divides by the scale and rounds
+            to the nearest float8; what is out of range becomes the largest one.
+          v: `[tokens, num_kv_heads, head_dim]`, likewise.
           layer: which layer; an int, or an int32 scalar if the cache is one array.
           slots: int32 `[tokens]`.
           positions: int32 `[tokens]`: the token's position in its request.
@@ -235,10 +266,14 @@ class KVCache:
             mask = jnp.ones(tokens, jnp.bool_)
         _check("mask", mask, (tokens,), jnp.bool_)
         at, k, v = not_differentiable((at, k, v))
+        if v is None:
+            k = v = _stored(k, at, slice(None))
+        else:
+            k, v = _stored(k, at, 0), _stored(v, at, 1)
         order = ffi.append(
             *at.views,
             k,
-            k if v is None else v,
+            v,
             layer=at.layer,
             slots=slots,
             positions=positions,
@@ -251,11 +286,32 @@ class KVCache:
     def _check_kv(self, k: jax.Array, v: jax.Array | None, at: LayerView) -> None:
         tokens = k.shape[0] if k.ndim else 0
         heads = (at.num_kv_heads, at.head_dim)
-        if v is None:
-            _check("k (with K and V, as v is None)", k, (tokens, 2, *heads), self.spec.dtype)
-        else:
-            _check("k", k, (tokens, *heads), self.spec.dtype)
-            _check("v", v, (tokens, *heads), self.spec.dtype)
+        named = (("k (with K and V, as v is None)", k),) if v is None else (("k", k), ("v", v))
+        for name, array in named:
+            shape = (tokens, 2, *heads) if v is None else (tokens, *heads)
+            _check(name, array, shape, _wide_dtype(name, array) if self.spec.quantized else self.spec.dtype)
+
+    def _scales(self, group: int, plane: int) -> jax.Array | None:
+        return None if self.scales is None else self.scales[group][plane]
+
+
+def _stored(x: jax.Array, at: LayerView, part: int | slice) -> jax.Array:
+    """`x` as the cache stores it; `part` is that of the scales: 0 for K, 1 for V, all for both.
+
+    Plain operations on values that a program has just computed: XLA makes them part of whatever computes those.
+    """
+    if at.scales is None or x.dtype == at.k.dtype:
+        return x
+    return quantize(x, at.scales[part, :, None])
+
+
+def _wide_dtype(name: str, array: jax.Array) -> Any:
+    if array.dtype.name not in _QUANTIZED_FROM:
+        raise TypeError(
+            f"{name}: expected one of {', '.join(_QUANTIZED_FROM)}, got {array.dtype}; convert it with "
+            ".astype('float32')"
+        )
+    return array.dtype
 
 
 def _check_integer(name: str, value: int | jax.Array) -> None:

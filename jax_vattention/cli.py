@@ -21,6 +21,7 @@ _PROGRESS_SECONDS = 1.0  # loads that take longer than this show a progress line
 _MOST_TOKENS = 2**31 - 1
 _MOST_SEED = 2**32 - 1
 _DTYPES = ("float32", "bfloat16", "float16")
+_KV_DTYPES = (*_DTYPES, "float8_e4m3fn")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=_seed, default=0, metavar="N", help="of the first prompt; the next has the next one (default: 0)"
     )
     generate.add_argument("--dtype", choices=_DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+    generate.add_argument("--kv-dtype", choices=_KV_DTYPES, help="of the KV cache (default: that of --dtype)")
     generate.add_argument(
         "--raw", action="store_true", help="give the model the prompt as it is, without chat template"
     )
@@ -126,7 +128,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     requests = _requests(arguments, loaded.tokenizer)
     with Engine(
         loaded.model,
-        loaded.config.kv_cache_spec(num_slots=_NUM_SLOTS, dtype=dtype),
+        loaded.config.kv_cache_spec(num_slots=_NUM_SLOTS, dtype=arguments.kv_dtype or dtype),
         eos_ids=loaded.tokenizer.eos_ids,
         max_batch=min(len(requests), _MAX_BATCH),
         device=device,

@@ -27,6 +27,7 @@ from jax_vattention.errors import (
     UnknownSlotError,
 )
 from jax_vattention.memory import Mapper, PagedBuffer, PagePool, open_memory, pool_pages
+from jax_vattention.scales import cache_scales
 from jax_vattention.slots import Pieces, SlotState, SlotTable
 from jax_vattention.snapshot import Snapshot, take_snapshot
 from jax_vattention.spec import KVCacheSpec
@@ -85,9 +86,13 @@ class KVCacheManager:
         what it needs.
       zero_pages: False: pages that change owner keep what the last request wrote. No program reads it where it masks
         by length, but nothing else keeps requests apart.
+      kv_scales: of a float8 cache: float32 `[num_layers, 2, num_kv_heads]`, or a sequence of one `[2, num_kv_heads]`
+        for each layer. A value of K (index 0) or V (1) is stored as what it is divided by the scale of its head, so
+        scales that fit are the largest magnitude of each head divided by 448. None: all are 1.
 
     Raises:
-      ValueError: the pool is too small for one page, or a size does not fit the device's granularity.
+      ValueError, TypeError: the pool is too small for one page, a size does not fit the device's granularity, or the
+        scales do not fit the cache.
       DriverUnavailableError: a GPU without an NVIDIA driver or without cuda-python.
       DriverError: a driver call failed.
     """
@@ -107,6 +112,7 @@ class KVCacheManager:
         eager_tokens: int = 0,
         large_page_share: float = 0.02,
         zero_pages: bool = True,
+        kv_scales: Any = None,
     ):
         for name, share in (("reclaim_below", reclaim_below), ("large_page_share", large_page_share)):
             if not 0 <= share < 1:
@@ -120,6 +126,7 @@ class KVCacheManager:
                 raise ValueError(f"{name}: expected 0 to {'any' if most is None else most}, got {count!r}")
         self.spec = spec
         self.device = device if device is not None else jax.local_devices()[0]
+        self._scales = jax.device_put(cache_scales(spec, kv_scales), self.device)
         self._lock = threading.RLock()
         self._background = background
         self._lookahead = lookahead_steps if background else 0
@@ -254,7 +261,7 @@ class KVCacheManager:
             if self._background:
                 self._keep_pages_free()
             self._epoch += 1
-            return KVCache(self._require_open(), self._mapped(), self._order, self.spec)
+            return KVCache(self._require_open(), self._mapped(), self._order, self.spec, self._scales)
 
     def finish(self, result: KVCache | jax.Array, *, wait: bool = True) -> None:
         """Takes the order token of a program, which orders the next one behind it and tells when this one is over.

@@ -189,7 +189,7 @@ class _Export:
 
     def __dlpack__(self, *, stream: Any = None, **options: Any) -> object:
         del stream, options  # nothing is in flight on a new view, and no copy is ever made
-        return self._buffer.dlpack(self._shape, self._dtype == jnp.bfloat16, self._dtype.itemsize * 8, self._offset)
+        return self._buffer.dlpack(self._shape, self._dtype.name, self._offset)
 
 
 def pool_pages(

@@ -24,7 +24,7 @@ DEFAULT_PAGE_BYTES = 2 * 1024 * 1024
 
 Layout = Literal["token_major", "layer_major"]
 
-_DTYPES = ("float32", "float16", "bfloat16")
+_DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +84,17 @@ class KVGroup:
 
     @cached_property
     def slot_tokens(self) -> int:
-        """Rows that a plane has for a slot: `max_seq_len` rounded up until a slot is a whole number of pages."""
+        """Rows that a plane has for a slot: `max_seq_len` rounded up until a slot is a whole number of pages.
+
+        Planes of 1-byte elements of 2 to 4 GiB get more rows, until they are larger than that.
+        """
         multiple = self.page_bytes // math.gcd(self.page_bytes, self.token_bytes)
-        return -(-self.max_seq_len // multiple) * multiple
+        tokens = self.max_seq_len
+        row_bytes = self.num_slots * self.token_bytes
+        if self.dtype.itemsize == 1 and 2**31 < -(-tokens // multiple) * multiple * row_bytes <= 2**32:
+            # Triton kernels count elements with an int32 in arrays of up to 4 GiB. More rows cost addresses only.
+            tokens = 2**32 // row_bytes + 1
+        return -(-tokens // multiple) * multiple
 
     @cached_property
     def slot_pages(self) -> int:
@@ -142,7 +150,8 @@ class KVCacheSpec:
       head_dim: elements of one head.
       num_slots: requests that can be live at once; a slot is a row of every array of the cache.
       max_seq_len: most tokens of one request. Virtual memory costs nothing: choose the model's maximum.
-      dtype: element type of K and V: float32, float16 or bfloat16.
+      dtype: element type of K and V: float32, float16, bfloat16 or float8_e4m3fn, which has half the bytes of
+        bfloat16 and a scale for each head (`KVCacheManager(kv_scales=)`).
       page_bytes: bytes of the smallest physical page, a multiple of the backend's granularity
         (CUDA: 2 MiB; host: 4 KiB).
       large_page_bytes: sizes of larger pages, ascending, each a multiple of the one before it; the first of
@@ -209,6 +218,11 @@ class KVCacheSpec:
             )
             for group in groups
         )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether K and V are stored as float8, with a scale for each head."""
+        return self.dtype.itemsize == 1
 
     @cached_property
     def places(self) -> tuple[tuple[int, int], ...]:

@@ -118,9 +118,11 @@ class LlamaLayer(nnx.Module):
         q = _rotate(q.reshape(tokens, config.num_heads, config.head_dim), *rope)
         k = _rotate(k.reshape(tokens, config.num_kv_heads, config.head_dim), *rope)
         v = v.reshape(tokens, config.num_kv_heads, config.head_dim)
+        if not cache.spec.quantized:  # float8 needs the scales, which append knows
+            k, v = k.astype(cache.spec.dtype), v.astype(cache.spec.dtype)
         cache = cache.append(
-            k.astype(cache.spec.dtype),
-            v.astype(cache.spec.dtype),
+            k,
+            v,
             layer=self.layer,
             slots=index.slots,
             positions=index.positions,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jax_vattention import KVCache
+from jax_vattention.scales import FLOAT8_MAX, cache_scales
 
 
 def abstract_cache(spec):
@@ -19,16 +21,30 @@ def abstract_cache(spec):
         tuple(jax.ShapeDtypeStruct(group.plane_shape, spec.dtype) for _ in range(group.planes))
         for group in spec.kv_groups
     )
-    return KVCache(views, tuple(int32(2, spec.num_slots) for _ in views), int32(4), spec)
+    mapped = tuple(int32(2, spec.num_slots) for _ in views)
+    return KVCache(views, mapped, int32(4), spec, jax.eval_shape(lambda: cache_scales(spec)))
 
 
-def plain_cache(spec, contents, seen=None):
+def fitting_scales(kv):
+    """float32 `[layers, 2, heads]`: just large enough for each head of `[tokens, layers, 2, heads, dim]`."""
+    return np.abs(kv).max((0, -1)) / np.float32(FLOAT8_MAX)
+
+
+def dequantized(kv, scales):
+    """What a float8 cache with these scales makes of `[tokens, layers, 2, heads, dim]`."""
+    scaled = np.clip(kv / scales[..., None], -FLOAT8_MAX, FLOAT8_MAX)
+    return scaled.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scales[..., None]
+
+
+def plain_cache(spec, contents, seen=None, kv_scales=None):
     """Ordinary arrays, NaN where nothing was written, and behind the windows of `seen` tokens.
 
     Args:
       contents: slot -> K and V `[tokens, layers, 2, heads, dim]`.
       seen: slot -> tokens whose queries are over.
+      kv_scales: of float8, `[layers, 2, heads]`; all 1 if not given.
     """
+    scales = np.ones((spec.num_layers, 2, 1), np.float32) if kv_scales is None else kv_scales
     views, mapped = [], []
     for group in spec.kv_groups:
         planes = [np.full(group.plane_shape, np.nan, np.float32) for _ in range(group.planes)]
@@ -40,10 +56,10 @@ def plain_cache(spec, contents, seen=None):
             for index, layer in enumerate(group.layers):
                 for part in range(2):
                     plane_token = plane_at(spec, planes, index, part)
-                    plane_token[slot, first : len(kv)] = kv[first:, layer, part]
-        views.append(tuple(jnp.asarray(plane, spec.dtype) for plane in planes))
+                    plane_token[slot, first : len(kv)] = kv[first:, layer, part] / scales[layer, part][:, None]
+        views.append(tuple(jnp.asarray(plane).astype(spec.dtype) for plane in planes))
         mapped.append(jnp.asarray(bounds))
-    return KVCache(tuple(views), tuple(mapped), jnp.zeros(4, jnp.int32), spec)
+    return KVCache(tuple(views), tuple(mapped), jnp.zeros(4, jnp.int32), spec, cache_scales(spec, kv_scales))
 
 
 def plane_at(spec, planes, index, part):

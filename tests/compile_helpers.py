@@ -30,10 +30,10 @@ _NO_NEW_BUFFER = {
     "opt-barrier",
     "optimization-barrier",
 }
-_ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "u16": 2, "s16": 2, "u8": 1, "s8": 1}
+_ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "u16": 2, "s16": 2, "u8": 1, "s8": 1, "f8e4m3fn": 1}
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_ARRAY = re.compile(r"\b([a-z]+[0-9]+)\[([0-9,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+[0-9][a-z0-9]*)\[([0-9,]*)\]")
 
 
 def cuda_plugin_installed() -> bool:

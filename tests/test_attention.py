@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from caches import abstract_cache, plain_cache
+from caches import abstract_cache, dequantized, fitting_scales, plain_cache
 from compile_helpers import entry_dependencies
 from reference_attention import reference_attention
 
@@ -103,10 +103,10 @@ def fill(cache, values, slot, count):
 
 
 @contextlib.contextmanager
-def opened_manager(implementation, spec):
+def opened_manager(implementation, spec, kv_scales=None):
     """A manager with every slot allocated; the test has to drop its caches before it ends."""
     device = device_for(implementation)
-    options = {"strict": True} if device.platform == "cpu" else {}
+    options = {"strict": device.platform == "cpu", "kv_scales": kv_scales}
     pool = spec.page_bytes * (spec.num_slots * spec.pages_for(spec.max_seq_len) if device.platform == "cpu" else 128)
     with jax.default_device(device), KVCacheManager(spec, pool_bytes=pool, device=device, **options) as manager:
         yield manager
@@ -130,7 +130,7 @@ def fill_manager(manager, contents, seen=None, garbage=np.nan):
         count = min(int(cache.mapped_lens[slot]), len(kv) + 300)
         values = np.broadcast_to(garbage, (spec.max_seq_len + 300, *kv.shape[1:])).astype(np.float32)
         values[: len(kv)] = kv
-        manager.finish(fill(cache, jnp.asarray(values, spec.dtype), slot, count))
+        manager.finish(fill(cache, jnp.asarray(values, wide_dtype(spec)), slot, count))
         del cache
         if seen is not None:
             # Now pages behind windows are not mapped any more: reading there ends the process.
@@ -138,9 +138,15 @@ def fill_manager(manager, contents, seen=None, garbage=np.nan):
             manager.sync()
 
 
-def random_kv(rng, spec, tokens):
+def wide_dtype(spec):
+    """Of queries, and of K and V before they are stored."""
+    return jnp.float32 if spec.quantized else spec.dtype
+
+
+def random_kv(rng, spec, tokens, kv_scales=None):
     shape = (tokens, spec.num_layers, 2, spec.num_kv_heads, spec.head_dim)
-    return np.asarray(jnp.asarray(rng.standard_normal(shape), spec.dtype), np.float32)
+    kv = np.asarray(jnp.asarray(rng.standard_normal(shape), wide_dtype(spec)), np.float32)
+    return dequantized(kv, kv_scales) if spec.quantized else kv
 
 
 def make_batch(slots, q_lens, kv_lens, max_q_len=None):
@@ -161,6 +167,8 @@ def check(
     layers=(1,),
     features=NONE,
     garbage=None,
+    kv_scales=None,
+    q_dtype=None,
 ):
     """`requests`: (q_len, kv_len) each; kv_len 0 with q_len 0 is an idle row whose slot has nothing mapped."""
     if garbage is None:
@@ -168,16 +176,17 @@ def check(
     rng = np.random.default_rng(0)
     q_lens, kv_lens = (list(x) for x in zip(*requests, strict=True))
     slots = list(range(spec.num_slots))[::-1][: len(requests)]
-    contents = {slot: random_kv(rng, spec, length) for slot, length in zip(slots, kv_lens, strict=True) if length}
+    lengths = {slot: length for slot, length in zip(slots, kv_lens, strict=True) if length}
+    contents = {slot: random_kv(rng, spec, length, kv_scales) for slot, length in lengths.items()}
     tokens = sum(q_lens) if tokens is None else tokens
-    q = jnp.asarray(rng.standard_normal((tokens, q_heads, spec.head_dim)), spec.dtype)
+    q = jnp.asarray(rng.standard_normal((tokens, q_heads, spec.head_dim)), q_dtype or wide_dtype(spec))
     batch = make_batch(slots, q_lens, kv_lens, max_q_len)
     seen = {slot: kv_len - q_len for slot, q_len, kv_len in zip(slots, q_lens, kv_lens, strict=True)}
     with contextlib.ExitStack() as stack:
         if implementation == "triton-interpret":
-            cache = plain_cache(spec, contents, seen)
+            cache = plain_cache(spec, contents, seen, kv_scales)
         else:
-            manager = stack.enter_context(opened_manager(implementation, spec))
+            manager = stack.enter_context(opened_manager(implementation, spec, kv_scales))
             fill_manager(manager, contents, seen, garbage)
             cache = manager.step({slot: len(kv) for slot, kv in contents.items()})
         for layer in layers:
@@ -207,7 +216,7 @@ def compare(out, q, contents, slots, q_lens, layer, spec, scale, features=NONE):
                 sinks=features.sinks,
                 prefix_len=prefix_len,
             )
-            tolerance = TOLERANCE[spec.dtype.name]
+            tolerance = TOLERANCE[q.dtype.name]
             np.testing.assert_allclose(out[mine], expected, atol=tolerance, rtol=tolerance)
         start += q_len
     np.testing.assert_array_equal(out[start:], 0)
@@ -348,6 +357,75 @@ def test_features(implementation, step, used, dtype):
     check(implementation, spec, 8, STEPS[step], tokens=320, layers=(0,), scale=0.5, features=features)
 
 
+FLOAT8 = {
+    "token_major": {},
+    "layer_major": {"layout": "layer_major"},
+    "window 50": {"groups": _groups(50)},
+}
+
+
+def random_scales(spec):
+    """Every head has another one, none of them a power of two."""
+    shape = (spec.num_layers, 2, spec.num_kv_heads)
+    return np.random.default_rng(3).uniform(0.009, 0.09, shape).astype(np.float32)
+
+
+@every_implementation
+@pytest.mark.parametrize(
+    ("variant", "q_dtype"),
+    [*(("token_major", dtype) for dtype in TOLERANCE), ("layer_major", "bfloat16"), ("window 50", "float32")],
+)
+def test_float8(implementation, variant, q_dtype):
+    """As exact as other dtypes, compared with what is stored; garbage behind a request's last token is NaN here too."""
+    spec = make_spec(implementation, layers=4, dtype=jnp.float8_e4m3fn, **FLOAT8[variant])
+    layers = (0, 3) if variant == "token_major" else (3,)  # others compile a program for each
+    options = {"layers": layers, "kv_scales": random_scales(spec), "q_dtype": q_dtype}
+    check(implementation, spec, 6, STEPS["decode"], max_q_len=1, **options)
+    check(implementation, spec, 6, STEPS["mixed"], tokens=320, **options)
+
+
+@every_implementation
+@pytest.mark.parametrize("step", STEPS)
+def test_features_of_float8(implementation, step):
+    spec = make_spec(implementation, head_dim=80, kv_heads=4, dtype=jnp.float8_e4m3fn)
+    features = make_features(step, **FEATURES["cap, sinks and prefix"])
+    check(implementation, spec, 8, STEPS[step], tokens=320, features=features, kv_scales=random_scales(spec))
+
+
+@every_implementation
+@pytest.mark.parametrize("q_len", [1, 100], ids=["decode", "prefill"])
+def test_float8_is_close_to_what_was_appended(implementation, q_len):
+    """Rounding to 4 bits is an error of 2.6%, of K and of V; the mean of random numbers keeps that of V whole."""
+    spec = make_spec(implementation, num_slots=1, layers=1, dtype=jnp.float8_e4m3fn)
+    rng = np.random.default_rng(0)
+    kv = rng.standard_normal((600, 1, 2, spec.num_kv_heads, spec.head_dim)).astype(np.float32)
+    q = jnp.asarray(rng.standard_normal((q_len, 8, spec.head_dim)), jnp.float32)
+    scales = fitting_scales(kv)
+    with contextlib.ExitStack() as stack:
+        if implementation == "triton-interpret":
+            cache = plain_cache(spec, {0: dequantized(kv, scales)}, None, scales)
+        else:
+            manager = stack.enter_context(opened_manager(implementation, spec, scales))
+            fill_manager(manager, {0: kv})
+            cache = manager.step({0: 600})
+        out, _ = program(q, cache, 0, make_batch([0], [q_len], [600]), implementation=implementation)
+        del cache
+    expected = reference_attention(q, kv[:, 0, 0], kv[:, 0, 1])
+    error = np.linalg.norm(np.asarray(out) - expected) / np.linalg.norm(expected)
+    assert error < 0.05
+
+
+def test_triton_refuses_float8_views_that_it_cannot_address():
+    """Offsets in them would be 32 bits and signed; no cache that a spec describes is so large and no larger."""
+    pallas_triton = pytest.importorskip("jax_vattention.attention.pallas_triton")
+    spec = make_spec("triton", max_seq_len=1000, dtype=jnp.float8_e4m3fn)
+    view = abstract_cache(spec).layer_view(0)
+    for tokens, refused in ((2**20, False), (2**21 + 1, True), (2**22, True), (2**22 + 1, False)):
+        k = jax.ShapeDtypeStruct((1, tokens, 2, 2, 4, 64), spec.dtype)
+        answer = pallas_triton.refusal(None, dataclasses.replace(view, k=k), None, NONE)
+        assert (answer is not None) == refused
+
+
 @every_implementation
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("used", ["cap", "sinks"])
@@ -467,14 +545,15 @@ def test_a_prefix_changes_nothing_in_a_decode_step():
 
 
 @real_memory
-def test_offsets_beyond_32_bits(implementation):
-    """The view has more than 2**32 elements, and the last slot is used."""
-    spec = make_spec(implementation, num_slots=4, max_seq_len=5_000_000, layers=2)
-    assert spec.view_bytes > 2**34
+@pytest.mark.parametrize(("dtype", "max_seq_len"), [(jnp.float32, 5_000_000), (jnp.float8_e4m3fn, 1_500_000)])
+def test_offsets_beyond_32_bits(implementation, dtype, max_seq_len):
+    """The view has more than 2**32 elements, and the last slot is used; float8 gets rows for that."""
+    spec = make_spec(implementation, num_slots=4, max_seq_len=max_seq_len, layers=2, dtype=dtype)
+    assert spec.view_bytes > 2**32 * spec.dtype.itemsize
     device = device_for(implementation)
     options = {"strict": True} if device.platform == "cpu" else {}
     rng = np.random.default_rng(2)
-    kv = random_kv(rng, spec, 200)
+    kv = random_kv(rng, spec, 200, np.ones((2, 2, 2), np.float32))
     with (
         jax.default_device(device),
         KVCacheManager(spec, pool_bytes=spec.page_bytes * 400, device=device, **options) as manager,
@@ -482,9 +561,9 @@ def test_offsets_beyond_32_bits(implementation):
         for _ in range(spec.num_slots):
             manager.allocate()
         cache = manager.step({3: 200})
-        manager.finish(fill(cache, jnp.asarray(kv, spec.dtype), 3, 200))
+        manager.finish(fill(cache, jnp.asarray(kv, wide_dtype(spec)), 3, 200))
         for q_len in (1, 30):
-            q = jnp.asarray(rng.standard_normal((q_len, 4, spec.head_dim)), spec.dtype)
+            q = jnp.asarray(rng.standard_normal((q_len, 4, spec.head_dim)), wide_dtype(spec))
             out, order = program(q, cache, 1, make_batch([3], [q_len], [200]), implementation=implementation)
             manager.finish(order)
             expected = reference_attention(q, kv[:, 1, 0], kv[:, 1, 1])

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from caches import read_token
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jax_vattention import KVCache, KVCacheManager, KVCacheSpec, LayerGroup, errors
+from jax_vattention.scales import quantize
 
 LAYERS, HEADS = 3, 2
 
@@ -359,3 +363,158 @@ def test_more_than_2_to_the_31_elements_and_the_far_end(device, page_bytes, stri
             expected = np.asarray(k[token], np.float32)
             np.testing.assert_array_equal(read(cache, last, int(positions[token]))[31, 0], expected)
         del cache, done
+
+
+class TestFloat8:
+    """Values are divided by a scale of their head and stored as the nearest float8_e4m3fn."""
+
+    groups = (LayerGroup((0, 2)), LayerGroup((1,), num_kv_heads=3, head_dim=5))  # parts of 128 bytes, and of 15
+
+    def spec(self, page_bytes, **options):
+        return KVCacheSpec(LAYERS, HEADS, 64, 3, 2000, jnp.float8_e4m3fn, page_bytes, **options)
+
+    def manager(self, device, page_bytes, strict, kv_scales=None, **options):
+        spec = self.spec(page_bytes, **options)
+        return KVCacheManager(spec, pool_bytes=1000 * page_bytes, device=device, strict=strict, kv_scales=kv_scales)
+
+    @pytest.mark.parametrize("layout", ["token_major", "layer_major"])
+    @pytest.mark.parametrize("joined", [False, True])
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
+    def test_append_in_every_layout(self, device, page_bytes, strict, layout, joined, dtype):
+        rng = np.random.default_rng(0)
+        shapes = [(h, d) for h, d in ((2, 64), (3, 5), (2, 64))]
+        # Powers of two, so that a division rounds nothing and the result is known to the bit.
+        scales = [np.exp2(rng.integers(-8, 2, (2, h))).astype(np.float32) for h, _ in shapes]
+        kv = [jnp.asarray(rng.standard_normal((2, 5, *shape)) * 3).astype(dtype) for shape in shapes]
+        where = [(0, 0), (2, 1999), (1, 6), (0, 999), (2, 0)]
+        slots, positions = ints(*(s for s, _ in where)), ints(*(p for _, p in where))
+
+        @jax.jit
+        def program(cache, kv):
+            for layer, (k, v) in enumerate(kv):
+                both = (jnp.stack([k, v], 1), None) if joined else (k, v)
+                cache = cache.append(*both, layer=layer, slots=slots, positions=positions)
+            return cache
+
+        with self.manager(device, page_bytes, strict, scales, layout=layout, groups=self.groups) as manager:
+            cache = manager.step({manager.allocate(): length for length in (1000, 7, 2000)})
+            done = program(cache, kv)
+            manager.finish(done)
+            for token, (slot, position) in enumerate(where):
+                found = read_token(cache, slot, position)
+                for layer in range(LAYERS):
+                    written = np.asarray(kv[layer][:, token], np.float32)
+                    if dtype != jnp.float8_e4m3fn:  # that is stored as it is
+                        written = np.clip(written / scales[layer][..., None], -448, 448)
+                    np.testing.assert_array_equal(found[layer], written.astype(ml_dtypes.float8_e4m3fn))
+            assert not any(layer.any() for layer in read_token(cache, 0, 998))
+            del cache, done
+
+    def test_what_is_out_of_range_becomes_the_largest_number(self, device, page_bytes, strict):
+        values = [448, 464, 465, 1e30, np.inf, -448, -465, -np.inf, np.nan, 2**-10, 2**-9, -0.0]
+        stored = [448, 448, 448, 448, 448, -448, -448, -448, np.nan, 0, 2**-9, -0.0]
+        for dtype in (jnp.float32, jnp.bfloat16):
+            k = jnp.zeros((1, HEADS, 64), dtype).at[0, 0, : len(values)].set(jnp.asarray(values, dtype))
+            with self.manager(device, page_bytes, strict) as manager:
+                cache = manager.step({manager.allocate(): 1})
+                manager.finish(append(cache, k, k, 2, ints(0), ints(0)))
+                found = read_token(cache, 0, 0)[2][:, 0, : len(values)]
+                np.testing.assert_array_equal(found, [stored, stored])
+                assert np.signbit(found[0, -1])
+                del cache
+
+    def test_a_scale_that_makes_numbers_infinite(self, device, page_bytes, strict):
+        tiny = np.full((LAYERS, 2, HEADS), np.finfo(np.float32).tiny)
+        with self.manager(device, page_bytes, strict, tiny) as manager:
+            cache = manager.step({manager.allocate(): 1})
+            k = jnp.full((1, HEADS, 64), 1e10)
+            manager.finish(append(cache, k, -k, 0, ints(0), ints(0)))
+            k, v = read_token(cache, 0, 0)[0]
+            assert (k == 448).all()
+            assert (v == -448).all()
+            del cache
+
+    @given(st.lists(st.floats(width=32), min_size=1, max_size=40), st.floats(2**-10, 1024, width=32))
+    @settings(max_examples=300, deadline=None)
+    def test_conversion_is_that_of_ml_dtypes(self, values, scale):
+        values, scale = np.resize(np.asarray(values, np.float32), 40), np.float32(scale)
+        found = np.asarray(jax.jit(quantize)(values, scale)).astype(np.float32)
+        exact = np.clip(values.astype(np.float64) / scale, -448, 448)
+        # A division may be off by its last bits: where that changes what is nearest, either will do.
+        with np.errstate(invalid="ignore"):
+            bounds = [(exact * (1 + error)).astype(ml_dtypes.float8_e4m3fn) for error in (0, -1e-6, 1e-6)]
+        nearest, *around = (np.clip(bound.astype(np.float32), -448, 448) for bound in bounds)
+        same = (found == nearest) | (np.isnan(found) & np.isnan(values))
+        assert (same | (found == around[0]) | (found == around[1])).all()
+
+    def test_scales_are_data_of_the_program(self, device, page_bytes, strict):
+        """Programs are compiled once for all scales, and a cache of another dtype has none."""
+        traces = []
+
+        @jax.jit
+        def program(cache, k):
+            traces.append(None)
+            return cache.append(k, k, layer=1, slots=ints(0), positions=ints(0))
+
+        for scale in (1.0, 0.5):
+            scales = np.full((LAYERS, 2, HEADS), scale, np.float32)
+            with self.manager(device, page_bytes, strict, scales) as manager:
+                cache = manager.step({manager.allocate(): 1})
+                np.testing.assert_array_equal(cache.layer_view(1).scales, scales[1])
+                manager.finish(program(cache, jnp.full((1, HEADS, 64), 3.0)))
+                assert (read_token(cache, 0, 0)[1] == 3 / scale).all()
+                del cache
+        assert len(traces) == 1
+        with make(device, page_bytes, strict) as manager:
+            cache = manager.step({})
+            assert cache.scales is None
+            assert cache.layer_view(0).scales is None
+            del cache
+
+    @pytest.mark.parametrize("program", ["straight", "scan", "while_loop", "cond", "nested_jit"])
+    def test_no_program_copies_the_view(self, program):
+        spec = KVCacheSpec(LAYERS, HEADS, 64, 4, 100_000, jnp.float8_e4m3fn, 4096)
+        manager = KVCacheManager(spec, pool_bytes=1 << 20, device=jax.devices("cpu")[0])
+        compiled = jax.jit(globals()[program]).lower(manager.step({})).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 10_000
+        assert compiled.memory_analysis().output_size_in_bytes < 10_000
+
+    def test_wide_numbers_are_taken_and_others_refused(self, device, page_bytes, strict):
+        with self.manager(device, page_bytes, strict) as manager:
+            cache = manager.step({manager.allocate(): 4})
+            k = jnp.ones((1, HEADS, 64))
+            for wrong in (jnp.int8, jnp.float8_e5m2):
+                message = r"v: expected one of float32, .*, float8_e4m3fn, got .*; convert it with .astype\('float32'\)"
+                with pytest.raises(TypeError, match=message):
+                    cache.append(k, k.astype(wrong), layer=0, slots=ints(0), positions=ints(0))
+            with pytest.raises(ValueError, match=r"k: expected shape \(1, 2, 64\), got \(1, 2, 32\)"):
+                cache.append(k[..., :32], k, layer=0, slots=ints(0), positions=ints(0))
+            bare = KVCache(cache.views, cache.mapped, cache.order, cache.spec)
+            with pytest.raises(ValueError, match=r"expected scales for float8_e4m3fn, got none; pass scales="):
+                bare.layer_view(0)
+            del cache, bare
+
+    @pytest.mark.parametrize(
+        ("error", "scales", "message"),
+        [
+            (ValueError, np.ones((LAYERS - 1, 2, HEADS)), "expected scales of 3 layers, got those of 2"),
+            (ValueError, np.ones((LAYERS, 2, 1)), r"expected shape \(2, 2\) for layer 0, K and V of each .*\(2, 1\)"),
+            (ValueError, [np.ones((2, HEADS))] * 2 + [np.ones(2)], r"for layer 2.* got \(2,\)"),
+            (ValueError, np.zeros((LAYERS, 2, HEADS)), "positive and finite float32 numbers, got 0.0 for layer 0"),
+            (ValueError, np.full((LAYERS, 2, HEADS), 1e-60), "positive and finite float32 numbers, got 0.0"),
+            (ValueError, -np.ones((LAYERS, 2, HEADS)), "got -1.0 for layer 0; .* pass m / 448, or 1 where m is 0"),
+            (ValueError, np.full((LAYERS, 2, HEADS), np.nan), "got nan"),
+            (ValueError, np.full((LAYERS, 2, HEADS), np.inf), "got inf"),
+            (TypeError, np.ones((LAYERS, 2, HEADS), int), r"expected float32 for layer 0, got int.*; convert it"),
+            (TypeError, 1.0, "expected an array or a sequence of arrays, got float"),
+        ],
+    )
+    def test_scales_that_do_not_fit(self, error, scales, message):
+        with pytest.raises(error, match=f"kv_scales: .*{message}"):
+            KVCacheManager(self.spec(4096), pool_bytes=1 << 20, device=jax.devices("cpu")[0], kv_scales=scales)
+
+    def test_scales_are_for_float8_only(self):
+        spec = KVCacheSpec(LAYERS, HEADS, 64, 3, 2000, jnp.bfloat16, 4096)
+        message = r"kv_scales: expected None for a cache of bfloat16.*pass KVCacheSpec\(dtype='float8_e4m3fn'\)"
+        with pytest.raises(ValueError, match=message):
+            KVCacheManager(spec, pool_bytes=1 << 20, kv_scales=np.ones((LAYERS, 2, HEADS), np.float32))

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from jax_vattention import cli
+from jax_vattention.engine import Engine
 
 tokenizers = pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
 pytest.importorskip("jinja2", reason="the package jinja2 is not installed")
@@ -216,6 +217,15 @@ def test_bfloat16(generate):
     assert result["kv"]["virtual_bytes"] == 64 * 2**21
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_the_cache_may_have_another_dtype(generate, monkeypatch, dtype):
+    made = []
+    monkeypatch.setattr("jax_vattention.engine.Engine", lambda *a, **o: made.append(Engine(*a, **o)) or made[0])
+    result = objects(generate("--json", "--max-tokens", "2", "--dtype", "float32", "--kv-dtype", dtype, "a"))[0]
+    assert len(result["token_ids"]) == 2
+    assert made[0].manager.spec.dtype.name == dtype
+
+
 def test_more_prompts_than_rows(generate):
     prompts = [f"prompt {number}" for number in range(20)]
     results = objects(generate("--json", "--max-tokens", "2", *prompts))
@@ -234,6 +244,8 @@ def test_more_prompts_than_rows(generate):
         (["--temperature", "nan"], "--temperature: expected 0 or a positive number, got 'nan'"),
         (["--temperature", "inf"], "--temperature: expected 0 or a positive number, got 'inf'"),
         (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["--dtype", "float8_e4m3fn"], "--dtype: invalid choice: 'float8_e4m3fn'"),
+        (["--kv-dtype", "int8"], "--kv-dtype: invalid choice: 'int8'"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):

@@ -178,3 +178,35 @@ def test_cudnn_reads_the_view_itself_between_two_appends(target, dtype, head_dim
         assert layer == 2 or read in found[appends[layer + 1]][1], "an append does not wait for the read before it"
     *_, result = found
     assert reads[-1] in found[result][1], "the order token that is returned does not depend on the read"
+
+
+def quantized_and_read(x, weights, cache, batch):
+    """Two layers, in which K and V come out of a product as in a model."""
+    spec, tokens = cache.spec, x.shape[0]
+    index = batch.token_index(tokens)
+    for layer in (3, 4):
+        k, v = ((x @ weight).reshape(tokens, spec.num_kv_heads, spec.head_dim) for weight in weights)
+        cache = cache.append(k, v, layer=layer, slots=index.slots, positions=index.positions, mask=index.mask)
+        q = x.reshape(tokens, Q_HEADS, spec.head_dim)
+        out, cache = attention(q, cache, layer=layer, batch=batch, implementation=("triton", "reference"))
+        x = out.reshape(x.shape)
+    return x, cache.order
+
+
+@pytest.mark.parametrize(("target", "max_q_len"), [("a100", 1), ("h100", 512), ("b200", 1)])
+def test_float8(target, max_q_len):
+    """Triton converts float8 itself on newer GPUs only; K and V are quantized by what would copy them anyway."""
+    spec = llama_spec(dtype=jnp.float8_e4m3fn)
+    tokens = REQUESTS if max_q_len == 1 else 1024
+    x = jax.ShapeDtypeStruct((tokens, Q_HEADS * spec.head_dim), jnp.bfloat16)
+    weight = jax.ShapeDtypeStruct((x.shape[1], spec.num_kv_heads * spec.head_dim), jnp.bfloat16)
+    each = compile_for(target, quantized_and_read, x, (weight, weight), abstract_cache(spec), abstract_batch(max_q_len))
+    assert_views_not_copied(each, spec)
+    assert len(gpu_kernels(each)) == 2, "the GPU implementation was not chosen"
+    makes_float8 = [opcode for _, result, opcode, _ in instructions(each) if "f8e4m3fn" in result]
+    launched = [opcode for opcode in makes_float8 if opcode in ("fusion", "copy", "convert", "custom-call")]
+    assert set(launched) == {"fusion"}
+    assert len(launched) <= 4, "K and V of a layer take one fusion each, or one together"
+    scale_shapes = ("f32[2,8]", "f32[8]", "f32[1,2,8]", "f32[1,8]", "f32[32,2,8]")
+    for name, result, opcode, _ in instructions(each):
+        assert opcode != "fusion" or not result.startswith(scale_shapes), f"{name} does nothing but scales"

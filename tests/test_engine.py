@@ -610,3 +610,16 @@ def _check_memory(engine: Engine, watch: Watch) -> None:
     assert stats.pages_peak <= longest * spec.pages_for(92 + engine._decode_tokens)
     # Two programs ahead of what is needed, at most.
     assert stats.pages_created <= longest * spec.pages_for(92 + 3 * engine._decode_tokens)
+
+
+def test_real_model_answers_with_a_float8_cache(smollm, real_prompts):
+    """Every head has another scale, so one that is not applied, or that of another head, would be heard."""
+    config = smollm.config
+    spec = config.kv_cache_spec(num_slots=REAL_SLOTS, dtype="float8_e4m3fn")
+    assert spec.token_bytes == config.num_layers * 2 * config.num_kv_heads * config.head_dim
+    scales = np.random.default_rng(0).uniform(0.1, 1, (config.num_layers, 2, config.num_kv_heads)).astype(np.float32)
+    with watched(smollm.model, spec, max_batch=2, eos_ids=smollm.tokenizer.eos_ids, kv_scales=scales) as (engine, _):
+        france, sky = run(engine, [Request(prompt, REAL_TOKENS) for prompt in real_prompts[:2]])
+    assert france == (FRANCE, "stop")
+    assert "Paris" in smollm.tokenizer.decode(FRANCE)
+    assert "sky is blue" in smollm.tokenizer.decode(sky[0])

@@ -40,6 +40,37 @@ def test_layer_major_llama_3_8b():
         _ = spec.view_shape
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, "float8_e4m3fn"])
+def test_float8_llama_3_8b(dtype):
+    spec = KVCacheSpec(**SIZES, dtype=dtype)
+    assert spec.quantized
+    assert not KVCacheSpec(**SIZES).quantized
+    assert spec.token_bytes == 64 * 1024
+    assert spec.tokens_per_page == 32
+    assert [spec.pages_for(n) for n in (0, 1, 32, 33)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("layout", ["token_major", "layer_major"])
+@pytest.mark.parametrize(
+    ("max_seq_len", "gib"), [(2**15, 2), (2**15 + 1, None), (3 * 2**14, None), (2**16, None), (2**16 + 2048, 4.125)]
+)
+def test_planes_of_float8_are_never_of_2_to_4_gib(layout, max_seq_len, gib):
+    """Triton kernels could not address them; more rows cost addresses only. None: above 4 GiB, by less than a slot."""
+    layers = 1 if layout == "layer_major" else 2
+    heads = 8 if layout == "layer_major" else 2
+    spec = KVCacheSpec(layers, heads, 1024, 8, max_seq_len, jnp.float8_e4m3fn, layout=layout)
+    (group,) = spec.kv_groups
+    plane_bytes = group.view_bytes // group.planes
+    if gib is None:
+        assert 2**32 < plane_bytes <= 2**32 + 8 * spec.page_bytes
+        assert spec.tokens_in(spec.pages_for(max_seq_len)) == max_seq_len == spec.max_seq_len
+    else:
+        assert plane_bytes == gib * 2**30
+    # 2-byte elements are counted without trouble.
+    wide = KVCacheSpec(layers, heads, 1024, 4, max_seq_len, jnp.bfloat16, layout=layout)
+    assert wide.kv_groups[0].slot_tokens < max_seq_len + 2048
+
+
 def test_groups():
     groups = (LayerGroup(range(0, 32, 2), window=1024), LayerGroup(range(1, 32, 2), num_kv_heads=2, head_dim=64))
     spec = KVCacheSpec(**SIZES, groups=groups)
@@ -92,7 +123,7 @@ def test_sizes_must_be_integers(value):
         KVCacheSpec(**{**SIZES, "num_layers": value})
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float64", "no such type", object()])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e5m2", "float64", "no such type", object()])
 def test_dtype_must_be_supported(dtype):
     with pytest.raises((TypeError, ValueError), match=r"KVCacheSpec.dtype: expected one of float32, float16, bfloat16"):
         KVCacheSpec(**SIZES, dtype=dtype)
@@ -109,7 +140,7 @@ def test_positions_must_fit_int32():
     head_dim=st.integers(1, 256),
     max_seq_len=st.integers(1, 20_000),
     page_bytes=st.sampled_from([4096, 65536, 2**21]),
-    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn]),
     tokens=st.integers(0, 20_000),
 )
 def test_arithmetic(num_layers, num_kv_heads, head_dim, max_seq_len, page_bytes, dtype, tokens):

@@ -57,3 +57,4 @@ __device__ void Append(const AppendArgs& args) {
 
 extern "C" __global__ void append_16(const __grid_constant__ AppendArgs args) { Append<uint4>(args); }
 extern "C" __global__ void append_2(const __grid_constant__ AppendArgs args) { Append<unsigned short>(args); }
+extern "C" __global__ void append_1(const __grid_constant__ AppendArgs args) { Append<unsigned char>(args); }

@@ -6,7 +6,7 @@
 namespace jax_vattention::dlpack {
 
 enum DeviceType : int32_t { kCpu = 1, kCuda = 2 };
-enum TypeCode : uint8_t { kFloat = 2, kBfloat = 4 };
+enum TypeCode : uint8_t { kFloat = 2, kBfloat = 4, kFloat8E4m3fn = 10 };
 
 struct Device {
   int32_t type;

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "append.h"
 #include "driver.h"
@@ -22,7 +23,16 @@ constexpr unsigned kMaxThreads = 256;
 struct AppendKernels {
   CUfunction by_16_bytes = nullptr;
   CUfunction by_2_bytes = nullptr;
+  CUfunction by_1_byte = nullptr;
   std::atomic<bool> loaded{false};
+
+  // The kernel that copies the widest words that fit, and their bytes. k, v and the views start at multiples of 16; so
+  // do all parts of them when a part is one, and likewise for 2.
+  std::pair<CUfunction, int64_t> For(int64_t part_bytes) const {
+    if (part_bytes % 16 == 0) return {by_16_bytes, 16};
+    if (part_bytes % 2 == 0) return {by_2_bytes, 2};
+    return {by_1_byte, 1};
+  }
 };
 
 // Loaded modules live as long as the process: programs that were compiled keep calling into them.
@@ -46,16 +56,13 @@ ffi::Error AppendCuda(CUstream stream, int32_t ordinal, ffi::AnyBuffer k_view, f
                       "append: its kernel is not loaded on CUDA device " + std::to_string(ordinal) +
                           "; a KVCacheManager on that device loads it");
   }
-  // k, v and the views start at multiples of 16; so do all parts of them when a part is one.
-  const bool wide = args.part_bytes % 16 == 0;
-  const AppendKernels& kernels = Kernels()[ordinal];
-  const int64_t words = args.part_bytes / (wide ? 16 : 2);
+  const auto [kernel, word_bytes] = Kernels()[ordinal].For(args.part_bytes);
+  const int64_t words = args.part_bytes / word_bytes;
   const unsigned threads = static_cast<unsigned>(std::min<int64_t>(kMaxThreads, (words + 31) / 32 * 32));
   void* parameters[] = {&args};
   try {
-    driver::Check(driver::Get().cuLaunchKernel(wide ? kernels.by_16_bytes : kernels.by_2_bytes,
-                                               static_cast<unsigned>(args.tokens), 1, 1, threads, 1, 1, 0, stream,
-                                               parameters, nullptr),
+    driver::Check(driver::Get().cuLaunchKernel(kernel, static_cast<unsigned>(args.tokens), 1, 1, threads, 1, 1, 0,
+                                               stream, parameters, nullptr),
                   "cuLaunchKernel", "append of " + std::to_string(args.tokens) + " tokens");
   } catch (const std::exception& error) {
     return Failed(error);
@@ -84,6 +91,7 @@ void LoadAppendKernel(int ordinal, const void* image) {
   // Found now and not at the first launch: that may be inside a graph capture, where nothing can be loaded.
   driver::Check(api.cuModuleGetFunction(&kernels.by_16_bytes, module, "append_16"), "cuModuleGetFunction", "append_16");
   driver::Check(api.cuModuleGetFunction(&kernels.by_2_bytes, module, "append_2"), "cuModuleGetFunction", "append_2");
+  driver::Check(api.cuModuleGetFunction(&kernels.by_1_byte, module, "append_1"), "cuModuleGetFunction", "append_1");
   kernels.loaded = true;
 }
 

@@ -51,10 +51,19 @@ dlpack::Device DeviceOf(const PagedBuffer& buffer) {
   return {dlpack::kCpu, 0};
 }
 
+dlpack::DataType DataTypeOf(const std::string& dtype) {
+  if (dtype == "float32") return {dlpack::kFloat, 32, 1};
+  if (dtype == "float16") return {dlpack::kFloat, 16, 1};
+  if (dtype == "bfloat16") return {dlpack::kBfloat, 16, 1};
+  if (dtype == "float8_e4m3fn") return {dlpack::kFloat8E4m3fn, 8, 1};
+  throw std::invalid_argument("view: expected a dtype of float32, float16, bfloat16, float8_e4m3fn, got " + dtype);
+}
+
 // A tensor over part of a buffer, from `offset` bytes on.
-py::capsule ToDlpack(const std::shared_ptr<ExportedBuffer>& buffer, std::vector<int64_t> shape, bool bfloat, int bits,
-                     int64_t offset) {
-  int64_t bytes = bits / 8;
+py::capsule ToDlpack(const std::shared_ptr<ExportedBuffer>& buffer, std::vector<int64_t> shape,
+                     const std::string& dtype, int64_t offset) {
+  const dlpack::DataType type = DataTypeOf(dtype);
+  int64_t bytes = type.bits / 8;
   for (const int64_t size : shape) bytes *= size;
   const int64_t whole = static_cast<int64_t>(buffer->buffer.bytes());
   if (offset < 0 || bytes > whole || offset > whole - bytes) {
@@ -69,7 +78,7 @@ py::capsule ToDlpack(const std::shared_ptr<ExportedBuffer>& buffer, std::vector<
   tensor.data = reinterpret_cast<void*>(buffer->buffer.address() + offset);
   tensor.device = DeviceOf(buffer->buffer);
   tensor.ndim = static_cast<int32_t>(exported->shape.size());
-  tensor.dtype = {bfloat ? dlpack::kBfloat : dlpack::kFloat, static_cast<uint8_t>(bits), 1};
+  tensor.dtype = type;
   tensor.shape = exported->shape.data();
   tensor.strides = nullptr;
   tensor.byte_offset = 0;
@@ -181,7 +190,7 @@ PYBIND11_MODULE(_native, module) {
                                const dlpack::Device device = DeviceOf(self.buffer);
                                return std::make_pair(device.type, device.id);
                              })
-      .def("dlpack", &ToDlpack, py::arg("shape"), py::arg("bfloat"), py::arg("bits"), py::arg("offset"))
+      .def("dlpack", &ToDlpack, py::arg("shape"), py::arg("dtype"), py::arg("offset"))
       .def(
           "map",
           [](const std::shared_ptr<ExportedBuffer>& self, const RangeList& ranges, bool zero) {

@@ -6,7 +6,8 @@ Sizov, 2023): the keys of a request are split over several programs, whose parti
 The query heads that share a KV head are rows of one tile, so K and V are read once for all of them.
 
 The view of the cache is addressed in place, with masked loads: an address at or past a request's length is never
-read, and none at all for a request without queries.
+read, and none at all for a request without queries. Tiles of float8 are multiplied in the dtype of the queries; the
+scale of K is a part of the scores' scale, and that of V is applied to the result.
 """
 
 from __future__ import annotations
@@ -80,6 +81,20 @@ def _tiling(q_shape, num_kv_heads: int, batch: RaggedBatch, compute_dtype) -> _T
     return _Tiling(group, head_dim, rows, row_tiles, block_k, splits, num_warps, num_stages=2)
 
 
+def _compute_dtype(q_dtype: Any, kv_dtype: Any) -> Any:
+    """What tiles are multiplied in. Every float8 is exact in any of the dtypes that queries have."""
+    return q_dtype if kv_dtype.itemsize == 1 else jnp.promote_types(q_dtype, kv_dtype)
+
+
+def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
+    """What it does not serve of these arguments; None if it serves them."""
+    del q, batch, features
+    # Pallas counts elements with 64 bits in arrays of more than 4 GiB only: `KVGroup.slot_tokens` avoids those between.
+    if view.k.dtype.itemsize == 1 and 2**31 < view.k.size <= 2**32:
+        return f"a view of {view.k.size} bytes: more slots or a larger max_seq_len make it larger than 4 GiB"
+    return None
+
+
 def run(
     q: jax.Array,
     view: LayerView,
@@ -92,7 +107,7 @@ def run(
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`."""
     tokens, num_q_heads, _ = q.shape
-    tiling = _tiling(q.shape, view.num_kv_heads, batch, jnp.promote_types(q.dtype, view.k.dtype))
+    tiling = _tiling(q.shape, view.num_kv_heads, batch, _compute_dtype(q.dtype, view.k.dtype))
     if tiling.splits == 1:
         results = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
     else:
@@ -114,7 +129,7 @@ def run(
         compiler_params=plgpu.CompilerParams(num_warps=tiling.num_warps, num_stages=tiling.num_stages),
         interpret=interpret,
         name="attention_decode" if batch.max_q_len == 1 else "attention_prefill",
-    )(order, scalars, q, views, in_kernel)
+    )(order, scalars, q, views, view.scale_table, in_kernel)
     out = results[0] if tiling.splits == 1 else _combine(*results, sinks=features.sinks)
     # No program writes the rows of padding tokens: what they hold is not initialised.
     return jnp.where(_owned(batch, tokens)[:, None, None], out, 0).astype(q.dtype), order_out
@@ -157,6 +172,7 @@ def _kernel(
     scalars,
     q_ref,
     views,
+    scales_ref,
     features,
     _order_out_ref,
     out_ref,
@@ -173,6 +189,7 @@ def _kernel(
         each slot with memory behind it `[num_slots]`.
       q_ref: `[tokens, num_q_heads, head_dim]`.
       views: refs as `_Keys` has them.
+      scales_ref: `[layers, 2, num_kv_heads]` of a float8 cache, or None.
       features: Features with refs in place of arrays.
       out_ref: `[tokens, num_q_heads, head_dim]`; with split keys a partial result per split in front.
       lse_refs: with split keys their log-sum-exp, base 2, `[splits, tokens, num_q_heads]`.
@@ -205,12 +222,15 @@ def _kernel(
         if features.prefix_lens is not None:
             prefix_len = features.prefix_lens[request]
             last_key, end = jnp.maximum(last_key, prefix_len - 1), jnp.maximum(end, prefix_len)
-        maximum, total, acc = _attend(q, last_key, keys, (begin, end), split, tiling, scale, features.soft_cap)
+        score_scale = scale if scales_ref is None else scale * scales_ref[keys.layer, 0, kv_head]
+        maximum, total, acc = _attend(q, last_key, keys, (begin, end), split, tiling, score_scale, features.soft_cap)
         if features.sinks is not None:
             sinks = plgpu.load(features.sinks.at[head])
             total = total + jnp.exp2(sinks * _LOG2_E - maximum)
         # A split without keys has total 0: its log-sum-exp is -inf, and the combination skips it.
         acc = acc / jnp.where(total == 0, 1, total)[:, None]
+        if scales_ref is not None:
+            acc = acc * scales_ref[keys.layer, 1, kv_head]
         if not lse_refs:
             out_at = out_ref.at[token[:, None], head[:, None], dim]
         else:
@@ -219,7 +239,7 @@ def _kernel(
         plgpu.store(out_at, acc.astype(out_ref.dtype), mask=row_mask)
 
 
-def _attend(q, last_key, keys: _Keys, bounds, split, tiling: _Tiling, scale: float, soft_cap: float | None):
+def _attend(q, last_key, keys: _Keys, bounds, split, tiling: _Tiling, scale, soft_cap: float | None):
     """Online softmax, base 2, of `q` `[rows, padded_dim]` over its split of the keys `bounds[0] .. bounds[1] - 1`.
 
     A row sees the keys up to `last_key` `[rows]`, or those of its window.
@@ -228,13 +248,16 @@ def _attend(q, last_key, keys: _Keys, bounds, split, tiling: _Tiling, scale: flo
     """
     block_k = tiling.block_k
     dim = jnp.arange(tiling.padded_dim, dtype=jnp.int32)[None, :]
-    compute_dtype = jnp.promote_types(q.dtype, keys.dtype)
+    compute_dtype = _compute_dtype(q.dtype, keys.dtype)
     q = q.astype(compute_dtype)
     # float32 is multiplied as float32, not as TF32.
     precision = lax.Precision.HIGHEST if compute_dtype == jnp.float32 else lax.Precision.DEFAULT
 
     def load(which, tokens, mask):
-        return plgpu.load(keys.at(which, tokens, dim), mask=mask, other=0).astype(compute_dtype)
+        if keys.dtype.itemsize > 1:
+            return plgpu.load(keys.at(which, tokens, dim), mask=mask, other=0).astype(compute_dtype)
+        stored = plgpu.load(keys.at(which, tokens, dim), mask=mask, other=jnp.zeros((), keys.dtype))
+        return _widened(stored).astype(compute_dtype)
 
     def product(a, b, b_dim):
         return lax.dot_general(
@@ -274,6 +297,14 @@ def _attend(q, last_key, keys: _Keys, bounds, split, tiling: _Tiling, scale: flo
         jnp.zeros((tiling.rows, tiling.padded_dim), jnp.float32),
     )
     return lax.fori_loop(first, jnp.minimum(first + split_blocks, end), step, init)
+
+
+def _widened(stored: jax.Array) -> jax.Array:
+    """float8_e4m3fn as float16, from its bits: Triton converts it only for GPUs from compute capability 8.9 on."""
+    bits = lax.bitcast_convert_type(stored, jnp.uint8).astype(jnp.uint16)
+    # The exponent of float16 has one bit more, and a bias of 15 in place of 7; subnormal numbers come out right too.
+    wide = lax.bitcast_convert_type((bits & 0x80) << 8 | (bits & 0x7F) << 7, jnp.float16) * jnp.float16(256)
+    return jnp.where(bits & 0x7F == 0x7F, jnp.float16(jnp.nan), wide)
 
 
 def _combine(parts: jax.Array, lse: jax.Array, *, sinks: jax.Array | None) -> jax.Array:

@@ -2,6 +2,7 @@
 
 Blockwise attention with an online softmax (Milakov and Gimelshein, arXiv 1805.02867; Rabe and Staats,
 arXiv 2112.05682), in float32. Temporary memory is a few tiles: it depends on no length and on no size of the cache.
+Of a float8 cache the scales of K are a part of the queries, and those of V are applied to the result.
 """
 
 from __future__ import annotations
@@ -111,6 +112,8 @@ def run(
     # A tile behind the last token: dynamic_slice would otherwise move a tile that reaches past the end.
     grouped = jnp.pad(grouped, ((0, block_q), (0, 0), (0, 0), (0, 0)))
     sinks = None if features.sinks is None else features.sinks.reshape(num_kv_heads, -1, 1)
+    # Each [num_kv_heads, 1, 1], as the heads of queries and of results are.
+    k_scales, v_scales = (None, None) if view.scales is None else view.scales[..., None, None]
 
     def request(r, carry):
         keys = _Keys(view, order, batch.slots[r], batch.kv_lens[r])
@@ -121,13 +124,16 @@ def run(
             at = q_start + i * block_q
             rows = jnp.arange(block_q, dtype=jnp.int32) + i * block_q
             q_tile = lax.dynamic_slice_in_dim(grouped, at, block_q).astype(jnp.float32) * scale
+            q_tile = q_tile if k_scales is None else q_tile * k_scales
             last = keys.kv_len - q_len + jnp.minimum(rows, q_len - 1)
             if features.prefix_lens is not None:
                 last = jnp.maximum(last, features.prefix_lens[r] - 1)
             state = _attend(q_tile, keys, last, features.soft_cap)
             total = state.total if sinks is None else state.total + jnp.exp(sinks - state.maximum)
             old = lax.dynamic_slice_in_dim(out, at, block_q)
-            new = jnp.moveaxis(state.acc / total[..., None], 2, 0).astype(q.dtype)
+            new = state.acc / total[..., None]
+            new = new if v_scales is None else new * v_scales[..., None]
+            new = jnp.moveaxis(new, 2, 0).astype(q.dtype)
             new = jnp.where((rows < q_len)[:, None, None, None], new, old)
             out = lax.dynamic_update_slice_in_dim(out, new, at, 0)
             return out, negatives + jnp.any(state.total < 0).astype(jnp.int32)

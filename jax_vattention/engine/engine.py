@@ -31,9 +31,10 @@ class Engine:
       prefill_tokens: most prompt tokens of one prefill program; longer prompts are prefilled in chunks.
       decode_tokens: tokens that one decode program generates for each request.
       pool_bytes, pool_share, device, strict: as `KVCacheManager` takes them; half of the free memory by default.
+      kv_scales: of a float8 cache, likewise.
 
     Raises:
-      ValueError: a size is not positive, or there are fewer slots than rows.
+      ValueError: a size is not positive, there are fewer slots than rows, or the scales do not fit the cache.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Engine:
         pool_share: float | None = None,
         device: jax.Device | None = None,
         strict: bool = False,
+        kv_scales: Any = None,
     ):
         for name, value in (("prefill_tokens", prefill_tokens), ("decode_tokens", decode_tokens)):
             if value <= 0:
@@ -57,7 +59,9 @@ class Engine:
             raise ValueError(f"max_batch: expected 1 to num_slots={spec.num_slots}, got {max_batch}")
         if pool_bytes is None and pool_share is None:
             pool_share = 0.5
-        self.manager = KVCacheManager(spec, pool_bytes=pool_bytes, pool_share=pool_share, device=device, strict=strict)
+        self.manager = KVCacheManager(
+            spec, pool_bytes=pool_bytes, pool_share=pool_share, device=device, strict=strict, kv_scales=kv_scales
+        )
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         self._closed = False
