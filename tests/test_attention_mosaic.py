@@ -42,6 +42,7 @@ def interpreter():
         ([300, 2, 65, 0, 64], {"queries": [2, 2, 1, 0, 2]}),
         ([130, 60, 9], {"queries": [3, 3, 3], "prefix": [129, 0, 5], "blocks": 3}),
         ([220, 33], {"queries": [4, 1], "window": 50}),
+        ([130, 0, 33], {"dtype": "float8_e4m3fn"}),
         ([0, 0], {}),
     ],
     ids=str,
@@ -56,16 +57,17 @@ def test_in_the_interpreter(lengths, options):
     layout = options.get("layout", "token_major")
     spec = KVCacheSpec(2, heads, dim, requests + 1, 704, options["dtype"], 4096, layout=layout, groups=groups)
     rng = np.random.default_rng(0)
+    scales = rng.uniform(0.01, 0.1, (2, 2, heads)).astype(np.float32) if spec.quantized else None
     # What no token was written to is NaN, and what lies behind a window, of which eights are mapped.
-    contents = {slot: suite.random_kv(rng, spec, length) for slot, length in enumerate(lengths) if length}
+    contents = {slot: suite.random_kv(rng, spec, length, scales) for slot, length in enumerate(lengths) if length}
     seen = {}
     for slot, kv in contents.items():
         first = 0 if window is None else max(0, lengths[slot] - q_lens[slot] - window + 1)
         kv[:first] = np.nan
         seen[slot] = first // 8 * 8 + (window or 0) - 1
-    cache = plain_cache(spec, contents, seen)
+    cache = plain_cache(spec, contents, seen, scales)
     tokens = sum(q_lens) + 2
-    q = jnp.asarray(rng.standard_normal((tokens, heads * group, dim)), spec.dtype)
+    q = jnp.asarray(rng.standard_normal((tokens, heads * group, dim)), suite.wide_dtype(spec))
     batch = suite.make_batch(range(requests), q_lens, lengths, max_q_len=max(1, *q_lens))
     sinks = jnp.asarray(rng.standard_normal(heads * group), jnp.float32) if options.get("sinks") else None
     prefix = options.get("prefix")
@@ -114,7 +116,9 @@ def test_what_is_not_served_is_said_and_the_next_one_taken():
 # On the GPU
 
 
-def check(requests, *, q_heads=32, layers=(31,), num_layers=32, dtype="bfloat16", features=suite.NONE, **options):
+def check(
+    requests, *, q_heads=32, layers=(31,), num_layers=32, dtype="bfloat16", features=suite.NONE, scales=None, **options
+):
     """`test_attention.check`, at the Llama-3-8B shape unless said; skipped where the GPU is no Hopper."""
     if pallas_mosaic.target() != "9.0":
         pytest.skip("no Hopper GPU")
@@ -171,3 +175,12 @@ def test_several_queries(window):
 def test_features():
     features = Features(20.0, jnp.linspace(-2, 3, 32), jnp.asarray([3, 64, 0, 0], jnp.int32))
     check([(4, 4), (2, 63), (1, 300), (4, 1000)], num_layers=8, layers=(7,), features=features)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("layout", ["token_major", "layer_major"])
+def test_float8(head_dim, layout):
+    scales = np.random.default_rng(1).uniform(0.01, 0.1, (2, 2, 8)).astype(np.float32)
+    options = {"dtype": "float8_e4m3fn", "num_layers": 2, "layers": (1,), "head_dim": head_dim, "layout": layout}
+    check([(1, 1), (1, 63), (0, 0), (1, 300), (1, 1000), (1, 129)], scales=scales, **options)

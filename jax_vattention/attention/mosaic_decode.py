@@ -51,9 +51,11 @@ class Tiling:
     blocks: int = _BLOCKS
 
 
-def default_tiling(head_dim: int) -> Tiling:
+def default_tiling(head_dim: int, quantized: bool) -> Tiling:
     """What fits in shared memory."""
-    return Tiling() if head_dim <= 128 else Tiling(stages=2, streams=1)
+    if quantized:
+        return Tiling() if head_dim <= 128 else Tiling(streams=1)
+    return Tiling() if head_dim <= 128 else Tiling(streams=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,8 @@ class _Shape:
     soft_cap: float | None
     window: int | None
     prefixes: bool
+    quantized: bool
+    """K and V are float8: they are multiplied as float16, which holds all of their values."""
     column_stride: int
     """Columns of a token's row in a view from one layer to the next: a column is one head of K or of V."""
     v_column: int
@@ -135,7 +139,8 @@ def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Feature
     group, head_dim = q.shape[1] // view.num_kv_heads, q.shape[2]
     slots, slot_tokens = view.k.shape[:2]
     for refused, what in (
-        (q.dtype != view.k.dtype or q.dtype not in (jnp.bfloat16, jnp.float16), "types but bfloat16 and float16"),
+        (q.dtype not in (jnp.bfloat16, jnp.float16), f"queries of {q.dtype}"),
+        (view.k.dtype not in (q.dtype, jnp.float8_e4m3fn), f"{q.dtype} queries of a {view.k.dtype} cache"),
         (head_dim not in (64, 96, 128, 192, 256), f"head_dim {head_dim}"),
         (group * batch.max_q_len > ROWS, f"{batch.max_q_len} queries of {group} query heads for a KV head"),
         (slot_tokens % _BOX, f"slots of {slot_tokens} tokens"),
@@ -167,11 +172,12 @@ def run(
         group=q.shape[1] // num_kv_heads,
         head_dim=q.shape[2],
         queries=batch.max_q_len,
-        tiling=tiling or default_tiling(q.shape[2]),
+        tiling=tiling or default_tiling(q.shape[2], view.scale_table is not None),
         scale=scale,
         soft_cap=features.soft_cap,
         window=view.window,
         prefixes=features.prefix_lens is not None,
+        quantized=view.scale_table is not None,
         column_stride=2 * num_kv_heads if interleaved else 0,
         v_column=num_kv_heads if interleaved else 0,
     )
@@ -181,13 +187,15 @@ def run(
         batch, view, features, tokens=q.shape[0], heads=num_kv_heads, streams=shape.streams, interpret=interpret_tables
     )
     segments = batch.num_requests * num_kv_heads + shape.streams
+    queries = q.astype(jnp.float16) if shape.quantized else q
+    scales = jnp.ones(1, jnp.float32) if view.scale_table is None else view.scale_table.reshape(-1)
     parts, lse = plgpu.kernel(
         functools.partial(_decode, shape=shape),
         out_type=(
             jax.ShapeDtypeStruct((segments, shape.rows, shape.head_dim), jnp.float32),
             jax.ShapeDtypeStruct((segments, shape.rows), jnp.float32),
         ),
-        scratch_types=_scratch(shape, q.dtype),
+        scratch_types=_scratch(shape, queries.dtype, view.k.dtype),
         grid=(shape.tiling.blocks,),
         grid_names=("block",),
         num_threads=2 * shape.tiling.streams,
@@ -195,18 +203,18 @@ def run(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
         kernel_name="attention_decode",
-    )(shape.query_tiles(q, batch), k, v, split.requests, split.streams, view.layer.reshape(1), order)
+    )(shape.query_tiles(queries, batch), k, v, split.requests, split.streams, view.layer.reshape(1), scales, order)
     return tables.join(
         parts, lse, split, q, order, features, heads=num_kv_heads, first_row=shape.first_row, interpret=interpret_tables
     )
 
 
-def _scratch(shape: _Shape, dtype: Any) -> dict[str, Any]:
+def _scratch(shape: _Shape, dtype: Any, kv_dtype: Any) -> dict[str, Any]:
     """Shared memory of a block, for each stream."""
     streams, stages, block_k = shape.tiling.streams, shape.tiling.stages, shape.tiling.block_k
 
     def tiles(*sizes: int, dtype: Any = dtype):
-        swizzle = 128 if sizes[-1] * jnp.dtype(dtype).itemsize % 128 == 0 else 64
+        swizzle = math.gcd(sizes[-1] * jnp.dtype(dtype).itemsize, 128)
         width = swizzle // jnp.dtype(dtype).itemsize
         transforms = (plgpu.TilingTransform((_BOX, width)), plgpu.SwizzleTransform(swizzle))
         return plgpu.SMEM((streams, *sizes), dtype, transforms=transforms)
@@ -214,8 +222,9 @@ def _scratch(shape: _Shape, dtype: Any) -> dict[str, Any]:
     many = streams * stages
     return {
         "q_smem": tiles(2, ROWS, shape.head_dim),
-        "k_smem": tiles(stages, block_k, shape.head_dim),
-        "v_smem": tiles(stages, block_k, shape.head_dim),
+        "k_smem": tiles(stages, block_k, shape.head_dim, dtype=kv_dtype),
+        "v_smem": tiles(stages, block_k, shape.head_dim, dtype=kv_dtype),
+        **({name: tiles(block_k, shape.head_dim) for name in ("k_wide", "v_wide")} if shape.quantized else {}),
         "out_smem": tiles(ROWS, shape.out_columns, dtype=jnp.float32),
         "lse_smem": plgpu.SMEM((streams, ROWS), jnp.float32),
         "q_ready": plgpu.Barrier(num_barriers=2 * streams),
@@ -228,12 +237,15 @@ def _scratch(shape: _Shape, dtype: Any) -> dict[str, Any]:
     }
 
 
-def _decode(q_ref, k_ref, v_ref, requests, streams, layer_ref, order, parts_ref, lse_ref, *, shape: _Shape, **scratch):
+def _decode(
+    q_ref, k_ref, v_ref, requests, streams, layer_ref, scales, order, parts_ref, lse_ref, *, shape: _Shape, **scratch
+):
     """One block; `decode_split.Split` has the tables, `_scratch` the rest.
 
     Args:
       q_ref: see `_Shape.query_tiles`.
       k_ref, v_ref: `[slots * slot_tokens, columns, head_dim]`.
+      scales: of each layer those of each head of K, then of V; used if they are float8.
       order: not used here: to have it makes the read come after the append that returned it.
       parts_ref, lse_ref: see `decode_split.join`.
     """
@@ -252,7 +264,7 @@ def _decode(q_ref, k_ref, v_ref, requests, streams, layer_ref, order, parts_ref,
     def _():
         if count > 1:
             plgpu.set_max_registers(208, action="increase")
-        _multiply(work, q_ref, parts_ref, lse_ref, **scratch)
+        _multiply(work, q_ref, scales, 2 * shape.num_kv_heads * layer_ref[0], parts_ref, lse_ref, **scratch)
 
 
 class _Request(NamedTuple):
@@ -393,8 +405,8 @@ def _copy(
 
 
 def _multiply(
-    work: _Work, q_ref, parts_ref, lse_ref, *, q_smem, k_smem, v_smem, out_smem, lse_smem,
-    q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free,
+    work: _Work, q_ref, scales, first_scale, parts_ref, lse_ref, *, q_smem, k_smem, v_smem, out_smem, lse_smem,
+    q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, k_wide=None, v_wide=None,
 ):  # fmt: skip
     """The warpgroup that computes."""
     shape, local = work.shape, work.local
@@ -426,6 +438,7 @@ def _multiply(
         q = q_smem.at[local, buffer]
         plgpu.barrier_wait(q_ready.at[2 * local + buffer])
         whole = piece.whole_tiles(block_k)
+        scale = shape.scale * scales[first_scale + piece.head] if shape.quantized else shape.scale
 
         def tile(tile, state, *, masked: bool):
             count, maximum, total, acc = state
@@ -434,17 +447,26 @@ def _multiply(
             k, v = k_smem.at[local, stage], v_smem.at[local, stage]
             first = piece.first + tile * block_k
             _wait(k_ready, k_tail_ready, barrier, tile >= whole, masked)
+            if shape.quantized:
+                _widen(k, k_wide.at[local])
+                plgpu.barrier_arrive(k_free.at[barrier])
+                _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
+                _widen(v, v_wide.at[local], functools.partial(_inside, piece, first) if masked else None)
+                plgpu.barrier_arrive(v_free.at[barrier])
+                plgpu.commit_smem()
+                k, v = k_wide.at[local], v_wide.at[local]
 
             def scores(ref):
                 plgpu.wgmma(ref, q, k.transpose((1, 0)))
                 return ref[...]
 
             qk = pl.run_scoped(scores, plgpu.ACC((ROWS, block_k), jnp.float32))
-            plgpu.barrier_arrive(k_free.at[barrier])
+            if not shape.quantized:
+                plgpu.barrier_arrive(k_free.at[barrier])
             if shape.soft_cap is None:
-                qk = qk * (shape.scale * _LOG2_E)
+                qk = qk * (scale * _LOG2_E)
             else:
-                qk = jnp.tanh(qk * (shape.scale / shape.soft_cap)) * (shape.soft_cap * _LOG2_E)
+                qk = jnp.tanh(qk * (scale / shape.soft_cap)) * (shape.soft_cap * _LOG2_E)
             if masked:
                 qk = jnp.where(_visible(shape, piece, first), qk, -jnp.inf)
             new_maximum = jnp.maximum(maximum, qk.max(axis=1))
@@ -455,11 +477,13 @@ def _multiply(
             weights = jnp.exp2(qk - lax.broadcast_in_dim(base, qk.shape, [0]))
             total = total * shrink + weights.sum(axis=1)
             weights = weights.astype(q_smem.dtype)
-            _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
-            if masked:
-                _clear_unseen(v, piece, first)
+            if not shape.quantized:
+                _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
+                if masked:
+                    _clear_unseen(v, piece, first)
             acc = _add_product(acc * lax.broadcast_in_dim(shrink, acc.shape, [0]), weights, v)
-            plgpu.barrier_arrive(v_free.at[barrier])
+            if not shape.quantized:
+                plgpu.barrier_arrive(v_free.at[barrier])
             return count + 1, new_maximum, total, acc
 
         row = plgpu.Layout.WGMMA.reduce(1)
@@ -479,6 +503,8 @@ def _multiply(
         def _():
             divisor = total if shape.all_see_keys else jnp.where(total == 0, jnp.ones_like(total), total)
             result = acc / lax.broadcast_in_dim(divisor, acc.shape, [0])
+            if shape.quantized:
+                result = result * scales[first_scale + shape.num_kv_heads + piece.head]
             segment = piece.pair + work.stream
             for first in range(0, shape.head_dim, shape.out_columns):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -567,11 +593,24 @@ def _clear_unseen(v, piece: _Piece, first) -> None:
     @pl.when(outside)
     def _():
         values = plgpu.load(v, layout=plgpu.Layout.WGMMA)  # type: ignore[call-arg]  # jax 0.10 has another signature
-        tokens = first + _iota(v.shape, 0)
-        inside = (tokens < piece.end) & (tokens >= piece.of.lower)
-        v[...] = jnp.where(inside, values, jnp.zeros_like(values))
+        v[...] = jnp.where(_inside(piece, first, v.shape, plgpu.Layout.WGMMA), values, jnp.zeros_like(values))
         plgpu.commit_smem()
 
 
-def _iota(sizes: tuple[int, ...], axis: int) -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, sizes, axis, layout=plgpu.Layout.WGMMA)
+def _widen(narrow, wide, inside: Any = None) -> None:
+    """Converts a tile in shared memory; what is not `inside`, a function of shape and layout, becomes 0."""
+    layout = plgpu.Layout.WGMMA_UPCAST_2X
+    values = plgpu.load(narrow, layout=layout).astype(wide.dtype)  # type: ignore[call-arg]  # as above
+    if inside is not None:
+        values = jnp.where(inside(wide.shape, layout), values, jnp.zeros_like(values))
+    wide[...] = values
+
+
+def _inside(piece: _Piece, first, sizes: tuple[int, ...], layout: Any) -> jax.Array:
+    """bool `sizes`, `[block_k, head_dim]`: whether a token is the request's, and not behind its window."""
+    tokens = first + _iota(sizes, 0, layout)
+    return (tokens < piece.end) & (tokens >= piece.of.lower)
+
+
+def _iota(sizes: tuple[int, ...], axis: int, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, sizes, axis, layout=layout)
