@@ -32,11 +32,11 @@ def interpreter():
     [
         ([64], {}),
         ([100, 7], {"head_dim": 128}),
-        ([130, 1, 64, 63, 300], {"blocks": 1}),
-        ([0, 33, 0, 600, 0, 5], {"blocks": 3}),
-        ([257, 64], {"layout": "layer_major", "group": 8}),
+        ([130, 1, 64, 63, 300], {"blocks": 1, "in_flight": 2}),
+        ([0, 33, 0, 600, 0, 5], {"blocks": 3, "streams": 2}),
+        ([257, 64], {"layout": "layer_major", "group": 8, "streams": 2, "in_flight": 4}),
         ([70, 200], {"group": 1, "dtype": "float16", "head_dim": 96}),
-        ([70, 200], {"group": 12, "kv_heads": 1, "streams": 1}),
+        ([70, 200], {"group": 12, "kv_heads": 1}),
         ([70, 9], {"group": 3, "soft_cap": 2.0, "sinks": True}),
         ([300, 40, 101, 0], {"window": 100, "blocks": 1}),
         ([300, 2, 65, 0, 64], {"queries": [2, 2, 1, 0, 2]}),
@@ -79,7 +79,9 @@ def test_in_the_interpreter(lengths, options):
         batch,
         features,
         scale=dim**-0.5,
-        tiling=mosaic_decode.Tiling(blocks=options["blocks"], streams=options.get("streams", 2)),
+        tiling=mosaic_decode.Tiling(
+            blocks=options["blocks"], streams=options.get("streams", 1), in_flight=options.get("in_flight", 3)
+        ),
         interpret=params,
         interpret_tables=True,
     )
@@ -125,7 +127,8 @@ def check(
     sizes = {"head_dim": 128, "kv_heads": 8, "max_seq_len": 1100, "num_slots": len(requests)} | options
     spec = suite.make_spec("mosaic", dtype=dtype, layers=num_layers, **sizes)
     tokens, longest = sum(count for count, _ in requests) + 1, max(count for count, _ in requests)
-    suite.check("mosaic", spec, q_heads, requests, layers=layers, tokens=tokens, max_q_len=longest, features=features)
+    options = {"tokens": tokens, "max_q_len": longest, "layers": layers, "features": features, "kv_scales": scales}
+    suite.check("mosaic", spec, q_heads, requests, **options, q_dtype=jnp.bfloat16 if spec.quantized else None)
 
 
 @pytest.mark.gpu
