@@ -307,8 +307,9 @@ def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, 
             for i in range(order.shape[0]):
                 order_out[i] = order[i]
 
-        _copy(work, layer, q_ref, k_ref, v_ref, **scratch)
+        count = _copy(work, layer, q_ref, k_ref, v_ref, **scratch)
         _fill_gaps(gaps, counts[1], out_ref, block, shape, scratch["zero_smem"])
+        _drain(work, count, **scratch)
 
     @pl.when(warpgroup < _CONSUMERS)
     def _():
@@ -347,7 +348,7 @@ def _copy(
     work: _Work, layer, q_ref, k_ref, v_ref, *, q_smem, k_smem, v_smem, tile_smem, q_ready, q_free, k_ready, v_ready,
     tail_ready, k_free, v_free, **_,
 ):  # fmt: skip
-    """The warpgroup that copies Q, K and V."""
+    """The warpgroup that copies Q, K and V. Returns how many tiles of keys there were."""
     shape, tiling = work.shape, work.shape.tiling
     block_k, stages, q_stages = tiling.block_k, tiling.stages, tiling.q_stages
 
@@ -419,7 +420,22 @@ def _copy(
 
         return count + tile.blocks
 
-    lax.fori_loop(0, work.count, item, jnp.int32(0))
+    return lax.fori_loop(0, work.count, item, jnp.int32(0))
+
+
+def _drain(work: _Work, count, *, q_free, k_free, v_free, **_) -> None:
+    """Waits until the last of `count` tiles of keys and the queries are free again: barriers end as they began."""
+    tiling = work.shape.tiling
+
+    def queries(i, _):
+        plgpu.barrier_wait(q_free.at[lax.rem(i, tiling.q_stages)])
+
+    def keys(t, _):
+        plgpu.barrier_wait(k_free.at[lax.rem(t, tiling.stages)])
+        plgpu.barrier_wait(v_free.at[lax.rem(t, tiling.stages)])
+
+    lax.fori_loop(jnp.maximum(work.count - tiling.q_stages, 0), work.count, queries, None)
+    lax.fori_loop(jnp.maximum(count - tiling.stages, 0), count, keys, None)
 
 
 def _clean(v, length, shape: _Shape) -> None:
@@ -523,7 +539,8 @@ def _multiply(
             k, v = k_smem.at[k_stage].transpose((1, 0)), v_smem.at[v_stage]
 
             def body(acc_ref, scores_ref):
-                acc_ref[...] = state.acc
+                if not shape.interpreted:
+                    acc_ref[...] = state.acc
                 plgpu.barrier_wait(k_ready.at[k_stage])
                 if tiling.ping_pong:
                     plgpu.barrier_wait(turn.at[warpgroup])
@@ -541,6 +558,8 @@ def _multiply(
                     scores, state.maximum, state.total, key_of(t), masked=masked
                 )
                 acc = plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
+                if shape.interpreted:  # which has no accumulators that begin with a value
+                    acc = acc + state.acc
                 plgpu.barrier_arrive(v_free.at[v_stage])
                 acc, weights = lax.optimization_barrier((acc, weights))
                 acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
@@ -563,9 +582,10 @@ def _multiply(
         plgpu.barrier_wait(v_ready.at[last])
 
         def finish(acc_ref):
-            acc_ref[...] = state.acc
+            if not shape.interpreted:
+                acc_ref[...] = state.acc
             plgpu.wgmma(acc_ref, state.weights, v_smem.at[last])
-            return acc_ref[...]
+            return acc_ref[...] + state.acc if shape.interpreted else acc_ref[...]
 
         acc = pl.run_scoped(finish, plgpu.ACC((_ROWS, head_dim), jnp.float32))
         plgpu.barrier_arrive(v_free.at[last])
