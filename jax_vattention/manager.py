@@ -29,7 +29,7 @@ from jax_vattention.errors import (
 from jax_vattention.memory import Mapper, PagedBuffer, PagePool, open_memory, pool_pages
 from jax_vattention.slots import Pieces, SlotState, SlotTable
 from jax_vattention.snapshot import Snapshot, take_snapshot
-from jax_vattention.spec import KVCacheSpec
+from jax_vattention.spec import KV_TAIL_TOKENS, KVCacheSpec
 from jax_vattention.stats import CacheStats
 
 Lengths = Mapping[int, int] | np.ndarray
@@ -626,7 +626,8 @@ class KVCacheManager:
         for g, group in enumerate(slots.groups):
             if group.window is None:
                 continue
-            first = np.maximum(seen - group.window + 1, 0)
+            # Kernels read boxes of tokens.
+            first = np.maximum(seen - group.window + 1, 0) // KV_TAIL_TOKENS * KV_TAIL_TOKENS
             behind = np.flatnonzero((first - slots.mapped[g][0]) * group.token_bytes >= group.page_bytes)
             for slot in behind.tolist():
                 if slots.ticket[slot] > self._booked:

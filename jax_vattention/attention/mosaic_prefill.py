@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, memref
+from jax._src.lib.mlir.dialects import arith, memref, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -97,13 +98,6 @@ class _Shape:
     def zero_heads(self) -> int:
         """Heads of a padding token that one copy fills with zeros."""
         return math.gcd(self.num_q_heads, 4)
-
-
-def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
-    """What it does not serve of these arguments, beyond what the decode kernel does not; None if it serves them."""
-    del view, batch, features
-    head_dim = q.shape[2]
-    return None if head_dim in (64, 128) else f"head_dim {head_dim}"
 
 
 def run(
@@ -480,8 +474,9 @@ class _State(NamedTuple):
 
     maximum: Any  # [_ROWS]
     total: Any  # [_ROWS]
-    acc: Any  # [_ROWS, head_dim]
-    weights: Any  # [_ROWS, block_k]: of the last tile, whose product with V is not in `acc` yet
+    acc: Any  # [_ROWS, head_dim]: of the tiles but the last, to be multiplied with `shrink`
+    weights: Any  # [_ROWS, block_k]: of the last
+    shrink: Any  # [_ROWS]
 
 
 def _multiply(
@@ -530,65 +525,82 @@ def _multiply(
         maximum = plgpu.layout_cast(jnp.full((_ROWS,), _NOTHING, jnp.float32), row_layout)
         total = plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), row_layout)
         acc = plgpu.layout_cast(jnp.zeros((_ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
-        weights, maximum, _, total = softmax(first(), maximum, total, key_of(0), masked=True)
-        state = _State(maximum, total, acc, weights.astype(dtype))
+        weights, maximum, shrink, total = softmax(first(), maximum, total, key_of(0), masked=True)
+        state = _State(maximum, total, acc, weights, shrink)
+
+        def settled(state):
+            """`acc` and `weights` as the next product with V takes them: the one before is over."""
+            plgpu.wgmma_wait(0)
+            acc, weights = lax.optimization_barrier((state.acc, state.weights))
+            return acc * lax.broadcast_in_dim(state.shrink, acc.shape, [0]), weights.astype(dtype)
+
+        def multiply(acc_ref, weights, t):
+            """Begins to add the product of the weights of tile `t` with V."""
+            stage = stage_of(t)
+            plgpu.barrier_wait(v_ready.at[stage])
+            plgpu.wgmma(acc_ref, weights, v_smem.at[stage])
 
         def step(t, state, *, masked: bool):
-            """Scores and weights of tile `t`, and the product of those of tile `t - 1` with V."""
-            k_stage, v_stage = stage_of(t), stage_of(t - 1)
-            k, v = k_smem.at[k_stage].transpose((1, 0)), v_smem.at[v_stage]
+            """Scores and weights of tile `t`, and the product of those of tile `t - 1` with V, in flight at the end."""
+            acc, weights = settled(state)
+
+            @pl.when(t > 1)
+            def _():
+                plgpu.barrier_arrive(v_free.at[stage_of(t - 2)])
+
+            # Before the accumulators are there: compilers would set them up behind, where it has to be just before.
+            k_stage = stage_of(t)
+            plgpu.barrier_wait(k_ready.at[k_stage])
+            if tiling.ping_pong:
+                plgpu.barrier_wait(turn.at[warpgroup])
 
             def body(acc_ref, scores_ref):
-                if not shape.interpreted:
-                    acc_ref[...] = state.acc
-                plgpu.barrier_wait(k_ready.at[k_stage])
-                if tiling.ping_pong:
-                    plgpu.barrier_wait(turn.at[warpgroup])
-                plgpu.wgmma(scores_ref, q, k)
-                plgpu.barrier_wait(v_ready.at[v_stage])
-                if not tiling.overlap:
-                    plgpu.wgmma_wait(0)
-                plgpu.wgmma(acc_ref, state.weights, v)
+                if not shape.interpreted:  # which has no accumulators that begin with a value
+                    acc_ref[...] = acc
+                plgpu.wgmma(scores_ref, q, k_smem.at[k_stage].transpose((1, 0)))
+                multiply(acc_ref, weights, t - 1)
                 if tiling.ping_pong:
                     plgpu.barrier_arrive(turn.at[1 - warpgroup])
                 scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1 if tiling.overlap else 0)
                 plgpu.barrier_arrive(k_free.at[k_stage])
                 scores = lax.optimization_barrier(scores)
-                weights, maximum, shrink, total = softmax(
-                    scores, state.maximum, state.total, key_of(t), masked=masked
-                )
-                acc = plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
-                if shape.interpreted:  # which has no accumulators that begin with a value
-                    acc = acc + state.acc
-                plgpu.barrier_arrive(v_free.at[v_stage])
-                acc, weights = lax.optimization_barrier((acc, weights))
-                acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
-                return _State(maximum, total, acc, weights.astype(dtype))
+                found = softmax(scores, state.maximum, state.total, key_of(t), masked=masked)
+                # To wait for the second product here would do, but the compiler moves the softmax behind the wait.
+                added = plgpu.wgmma_accumulator_load(acc_ref, wait_n=None)
+                new_weights, maximum, shrink, total = found
+                return _State(maximum, total, acc + added if shape.interpreted else added, new_weights, shrink)
 
             return pl.run_scoped(
                 body, plgpu.ACC((_ROWS, head_dim), jnp.float32), plgpu.ACC((_ROWS, block_k), jnp.float32)
             )
 
+        def steps(begin, end, state, *, masked: bool):
+            state = lax.fori_loop(begin, end, functools.partial(step, masked=masked), state)
+            plgpu.wgmma_wait(0)
+            return state._replace(acc=lax.optimization_barrier(state.acc))
+
         low, high = _unmasked(tile, position, shape)
         full, below = jnp.maximum(tile.blocks - high, 1), jnp.maximum(tile.blocks - low, 1)
-        state = lax.fori_loop(1, full, functools.partial(step, masked=True), state)
-        state = lax.fori_loop(full, below, functools.partial(step, masked=False), state)
+        state = steps(1, full, state, masked=True)
+        state = steps(full, below, state, masked=False)
         if shape.window is not None:
-            state = lax.fori_loop(jnp.maximum(full, below), tile.blocks, functools.partial(step, masked=True), state)
+            state = steps(jnp.maximum(full, below), tile.blocks, state, masked=True)
         if tiling.own_out:
             plgpu.barrier_arrive(q_free.at[q_stage])
+        acc, weights = settled(state)
 
-        last = stage_of(tile.blocks - 1)
-        plgpu.barrier_wait(v_ready.at[last])
+        @pl.when(tile.blocks > 1)
+        def _():
+            plgpu.barrier_arrive(v_free.at[stage_of(tile.blocks - 2)])
 
         def finish(acc_ref):
             if not shape.interpreted:
-                acc_ref[...] = state.acc
-            plgpu.wgmma(acc_ref, state.weights, v_smem.at[last])
-            return acc_ref[...] + state.acc if shape.interpreted else acc_ref[...]
+                acc_ref[...] = acc
+            multiply(acc_ref, weights, tile.blocks - 1)
+            return acc_ref[...] + acc if shape.interpreted else acc_ref[...]
 
         acc = pl.run_scoped(finish, plgpu.ACC((_ROWS, head_dim), jnp.float32))
-        plgpu.barrier_arrive(v_free.at[last])
+        plgpu.barrier_arrive(v_free.at[stage_of(tile.blocks - 1)])
         total = state.total
         if sinks is not None:
             factor = _factors(shape)[1]
@@ -640,21 +652,65 @@ def _softmax(products, maximum, total, key, *, tile: _Tile, position, shape: _Sh
     elif first != 1.0:
         scores = products * first
     if masked:
-        scores = jnp.where(_visible(scores.shape, tile, position, key, shape), scores, -jnp.inf)
+        scores = _visible(scores, tile, position, key, shape)
     new_maximum = jnp.maximum(maximum, scores.max(axis=1))
     shrink = jnp.exp2((maximum - new_maximum) * factor)
     weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_maximum * factor, scores.shape, [0]))
     return weights, new_maximum, shrink, total * shrink + weights.sum(axis=1)
 
 
-def _visible(sizes: tuple[int, int], tile: _Tile, position, key, shape: _Shape):
-    """bool `sizes`: which keys from `key` on each row sees."""
-    row = plgpu.broadcasted_iota(jnp.int32, sizes, 0, layout=plgpu.Layout.WGMMA)
-    column = plgpu.broadcasted_iota(jnp.int32, sizes, 1, layout=plgpu.Layout.WGMMA)
-    seen = column < jnp.maximum(row + (position + 1 - key), tile.prefix - key)
-    if shape.window is not None:
-        seen = seen & (column > row + (position - shape.window - key))
-    return seen
+def _visible(scores, tile: _Tile, position, key, shape: _Shape):
+    """`scores`, and minus infinity for keys, from number `key` on, that a row does not see."""
+    layout = None if shape.interpreted else plgpu.Layout.WGMMA.reduce(1)
+    row = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=layout)
+    end = jnp.maximum(row + (position + 1 - key), tile.prefix - key)
+    if shape.window is None:
+        begin = plgpu.layout_cast(jnp.zeros_like(end), layout) if layout else jnp.zeros_like(end)
+    else:
+        begin = row + (position + 1 - shape.window - key)
+    if shape.interpreted:
+        column = jnp.arange(scores.shape[1], dtype=jnp.int32)[None, :]
+        return jnp.where((column >= begin[:, None]) & (column < end[:, None]), scores, -jnp.inf)
+    return _masked(scores, begin, end, has_begin=shape.window is not None)
+
+
+def _masked(scores, begin, end, *, has_begin: bool):
+    """`scores`, and minus infinity in columns other than `begin .. end - 1`.
+
+    As comparisons of constants with bounds that lack the first column of the thread: `jnp.where` would keep the number
+    of each column in a register of its own, through all loops.
+    """
+    wgmma, row = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+
+    def place(i):
+        return ir.DenseI64ArrayAttr.get([i])
+
+    def scalar(register, i):
+        return vector.extract(register, dynamic_position=[], static_position=place(i))
+
+    @plgpu.inline_mgpu(
+        arg_types=(wgmma, row, row), return_type=plgpu.ShapeDtypeStruct(scores.shape, scores.dtype, wgmma)
+    )
+    def mask(_, scores, begin, end):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        (_, first), *_ = scores.layout.thread_idxs(scores.shape)
+        first = arith.index_cast(i32, first)
+        bounds = [[arith.subi(scalar(each, 0), first) for each in rows.registers.flat] for rows in (begin, end)]
+        hidden = arith.constant(f32, ir.FloatAttr.get(f32, -math.inf))
+        registers = scores.registers.copy()
+        for at, register in np.ndenumerate(registers):
+            begin, end = (each[at[4]] for each in bounds)  # the thread's upper or lower row
+            for i in range(2):
+                column = mgpu.c(8 * at[1] + i, i32)
+                seen = arith.cmpi(arith.CmpIPredicate.slt, column, end)
+                if has_begin:
+                    seen = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.sge, column, begin))
+                value = arith.select(seen, scalar(register, i), hidden)
+                register = vector.insert(value, register, dynamic_position=[], static_position=place(i))
+            registers[at] = register
+        return mgpu.FragmentedArray(_registers=registers, _layout=scores.layout, _is_signed=None)
+
+    return mask(scores, begin, end)
 
 
 def _store(result, buffer, out_ref, tile: _Tile, head, warpgroup, shape: _Shape) -> None:
@@ -693,15 +749,17 @@ def _store_rows(result, out_ref, token, head, low, high) -> None:
     def store(_, result, out, *scalars):
         index = ir.IndexType.get()
         token, head, low, high = (arith.index_cast(index, each.registers.item()) for each in scalars)
-
-        def element(value, at):
-            row, column = at
+        firsts: dict[int, tuple] = {}
+        for (at, _), place in zip(np.ndenumerate(result.registers), result.layout.thread_idxs(result.shape), strict=True):
+            firsts.setdefault(at[4], place)
+        for half, (row, column) in firsts.items():  # the thread's upper and lower row
             inside = arith.andi(
                 arith.cmpi(arith.CmpIPredicate.sge, row, low), arith.cmpi(arith.CmpIPredicate.slt, row, high)
             )
             with mgpu.when(inside):
-                memref.store(value, out, [arith.addi(token, row), head, column])
-
-        result.foreach(element)
+                for at, register in np.ndenumerate(result.registers):
+                    if at[4] == half:
+                        place = arith.addi(column, mgpu.c(8 * at[1], index))
+                        vector.store(register, out, [arith.addi(token, row), head, place])
 
     store(result, out_ref, token, head, low, high)

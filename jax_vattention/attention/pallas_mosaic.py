@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import triton as triton
 
+from jax_vattention.attention import mosaic_prefill
 from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
@@ -110,16 +111,16 @@ class _Shape:
 def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
     """What it does not serve of these arguments; None if it serves them."""
     del features  # all of them
+    decode = batch.max_q_len == 1
     group, head_dim = q.shape[1] // view.num_kv_heads, q.shape[2]
     slots, slot_tokens = view.k.shape[:2]
     for refused, what in (
         (jax.__version_info__[:2] != (0, 11), f"jax {jax.__version__}: this backend changes, 0.11 is what was tried"),
         (target() != "9.0", "GPUs other than Hopper (compute capability 9.0)"),
-        (batch.max_q_len != 1, "requests of several queries"),
-        (view.window is not None, "windows"),
+        (decode and view.window is not None, "windows"),
         (q.dtype != view.k.dtype or q.dtype not in (jnp.bfloat16, jnp.float16), "types but bfloat16 and float16"),
         (head_dim not in (64, 128), f"head_dim {head_dim}"),
-        (group > _ROWS, f"{group} query heads for a KV head"),
+        (decode and group > _ROWS, f"{group} query heads for a KV head"),
         (slot_tokens % _BOX, f"slots of {slot_tokens} tokens"),
         (slots * slot_tokens >= 2**31, f"{slots} slots of {slot_tokens} tokens"),
     ):
@@ -152,6 +153,8 @@ def run(
     interpret_combine: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`."""
+    if batch.max_q_len > 1:
+        return mosaic_prefill.run(q, view, order, batch, features, scale=scale, interpret=interpret)
     num_kv_heads = view.num_kv_heads
     group, head_dim = q.shape[1] // num_kv_heads, q.shape[2]
     interleaved = view.v is None
