@@ -8,6 +8,9 @@ import os
 # Before jax starts: its own pool would leave the page pool little of a GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+# Threads of XLA: those of an interpreted kernel wait for each other, and with fewer than they are they would for ever.
+os.environ.setdefault("NPROC", "16")
+
 import jax
 import pytest
 

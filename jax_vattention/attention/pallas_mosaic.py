@@ -1,13 +1,19 @@
-"""Attention through Pallas' Mosaic GPU backend: Hopper GPUs. Which kernel serves what, and what neither does."""
+"""Attention through Pallas' Mosaic GPU backend: Hopper GPUs. Which kernel serves what, and what neither does.
+
+The kernel for decode is bound by memory and serves requests of few queries, the one for prefill by the tensor cores. A
+batch of both kinds is split between them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from jax_vattention.attention import mosaic_decode
+from jax_vattention.attention import mosaic_decode, mosaic_prefill
 from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
@@ -19,7 +25,13 @@ def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Feature
         return f"jax {jax.__version__}: this backend changes, 0.11 is what was tried"
     if target() != "9.0":
         return "GPUs other than Hopper (compute capability 9.0)"
-    return mosaic_decode.refusal(q, view, batch, features)
+    kernels = (mosaic_decode,) if _few_queries(q, view, batch) else (mosaic_prefill, mosaic_decode)
+    one_query = dataclasses.replace(batch, max_q_len=1)
+    refusals = (
+        kernel.refusal(q, view, one_query if len(kernels) > 1 and kernel is mosaic_decode else batch, features)
+        for kernel in kernels
+    )
+    return next((refusal for refusal in refusals if refusal is not None), None)
 
 
 def target() -> str | None:
@@ -44,4 +56,20 @@ def run(
     **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`."""
-    return mosaic_decode.run(q, view, order, batch, features, scale=scale, **options)
+    if _few_queries(q, view, batch):
+        return mosaic_decode.run(q, view, order, batch, features, scale=scale, **options)
+    if batch.num_requests == 1:
+        return mosaic_prefill.run(q, view, order, batch, features, scale=scale, **options)
+    alone = batch.q_lens == 1
+    decodes = RaggedBatch.decode(batch.slots, batch.kv_lens, alone)
+    first = jnp.clip(batch.q_starts, 0, q.shape[0] - 1)
+    one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
+    decoded, order = mosaic_decode.run(q[first], view, order, decodes, one, scale=scale, **options)
+    chunks = dataclasses.replace(batch, q_lens=jnp.where(alone, 0, batch.q_lens))
+    out, order = mosaic_prefill.run(q, view, order, chunks, features, scale=scale, **options)
+    return out.at[jnp.where(alone, batch.q_starts, q.shape[0])].set(decoded, mode="drop"), order
+
+
+def _few_queries(q: jax.Array, view: LayerView, batch: RaggedBatch) -> bool:
+    """Whether every request's queries fit in the rows of one product of the decode kernel."""
+    return batch.max_q_len * (q.shape[1] // view.num_kv_heads) <= mosaic_decode.ROWS

@@ -1,0 +1,783 @@
+"""Prefill attention through Pallas' Mosaic GPU backend: Hopper GPUs.
+
+FlashAttention-3 (Shah, Bikshandi, Zhang, Thakkar, Ramani and Dao, arXiv 2407.08608): a block has one warpgroup that
+copies tiles of Q, K and V into shared memory with the tensor memory accelerator, and two that multiply, each 64 rows of
+a tile of queries. They take turns on the tensor cores (its "ping-pong"), and while the tensor cores multiply the
+weights of one tile of keys with V, the softmax of the next is computed.
+
+A block stays for the whole kernel: tiles of queries of all requests and heads, sorted by the keys that they see, are
+dealt out to the blocks, and the copying warpgroup runs ahead into the next one.
+
+What is not mapped is never addressed: a request's last tile of keys is copied in boxes of `KV_TAIL_TOKENS` tokens, up
+to which the manager maps, and in the place of a box without a token of the request the first one is copied again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, memref, vector
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_vattention.attention.features import Features
+from jax_vattention.batch import RaggedBatch
+from jax_vattention.cache import LayerView
+from jax_vattention.spec import KV_TAIL_TOKENS
+
+_LOG2_E = math.log2(math.e)
+_ROWS = 64
+"""Of a `wgmma`."""
+_CONSUMERS = 2
+"""Warpgroups of a block that multiply."""
+_BLOCK_Q = _ROWS * _CONSUMERS
+"""Queries of a tile."""
+_BOX = KV_TAIL_TOKENS
+"""Tokens of the smallest copy: rows of a swizzled tile in shared memory."""
+_BLOCKS = 132
+"""Multiprocessors of an H100 or H200; a block fills one."""
+_FIELDS = 32
+"""int32 of a row of the schedule: copies take a multiple of 128 bytes."""
+_NOTHING = -1e30
+"""Maximum of no scores. Finite: a row that sees nothing of a tile then needs no care."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """What may be tuned."""
+
+    block_k: int = 128
+    """Keys of a tile."""
+    stages: int = 2
+    """Tiles of keys in shared memory."""
+    q_stages: int = 2
+    """Tiles of queries in shared memory."""
+    own_out: bool = True
+    """Results have shared memory of their own, and do not wait in that of their queries to be stored."""
+    ping_pong: bool = True
+    """Warpgroups take turns on the tensor cores."""
+    overlap: bool = True
+    """The softmax of a tile overlaps with the product with V of the one before it."""
+    registers: tuple[int, int] = (40, 232)
+    """Of a thread that copies, and of one that multiplies."""
+    blocks: int = _BLOCKS
+
+
+_TILING = Tiling()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """Static sizes of a kernel."""
+
+    num_q_heads: int
+    group: int
+    head_dim: int
+    tokens: int
+    """Of the query array, padded."""
+    tiling: Tiling
+    scale: float
+    soft_cap: float | None
+    window: int | None
+    interpreted: bool
+    column_stride: int
+    """Columns of a token's row in a view from one layer to the next: a column is one head of K or of V."""
+    v_column: int
+    """Where V of a layer begins, in columns from its K; 0 where V is an array of its own."""
+
+    @property
+    def zero_heads(self) -> int:
+        """Heads of a padding token that one copy fills with zeros."""
+        return math.gcd(self.num_q_heads, 4)
+
+
+def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
+    """What it does not serve of these arguments; None if it serves them."""
+    del batch, features  # all of them
+    slots, slot_tokens = view.k.shape[:2]
+    for refused, what in (
+        (q.dtype not in (jnp.bfloat16, jnp.float16), f"queries of {q.dtype}"),
+        (q.dtype != view.k.dtype, f"{q.dtype} queries of a {view.k.dtype} cache, where requests have many queries"),
+        (q.shape[2] not in (64, 128), f"head_dim {q.shape[2]}, where requests have many queries"),
+        (slot_tokens % _BOX, f"slots of {slot_tokens} tokens"),
+        (slots * slot_tokens >= 2**31, f"{slots} slots of {slot_tokens} tokens"),
+    ):
+        if refused:
+            return what
+    return None
+
+
+def run(
+    q: jax.Array,
+    view: LayerView,
+    order: jax.Array,
+    batch: RaggedBatch,
+    features: Features,
+    *,
+    scale: float,
+    tiling: Tiling = _TILING,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `attention`; returns `(out, order)`."""
+    tokens, num_q_heads, head_dim = q.shape
+    interleaved = view.v is None
+    # Every tile of queries lies within the array.
+    padded = max(-(-tokens // _BOX) * _BOX, _BLOCK_Q)
+    shape = _Shape(
+        num_q_heads=num_q_heads,
+        group=num_q_heads // view.num_kv_heads,
+        head_dim=head_dim,
+        tokens=padded,
+        tiling=tiling,
+        scale=scale,
+        soft_cap=features.soft_cap,
+        window=view.window,
+        interpreted=bool(interpret),
+        column_stride=2 * view.num_kv_heads if interleaved else 0,
+        v_column=view.num_kv_heads if interleaved else 0,
+    )
+    slot_tokens = view.k.shape[1]
+    # Rows of tokens, and in each a column for every head: a view of the same memory.
+    k, v = (each.reshape(view.k.shape[0] * slot_tokens, -1, head_dim) for each in view.views)
+    schedule = _schedule(batch, view, features, shape, tokens, slot_tokens)
+    sinks = () if features.sinks is None else (features.sinks,)
+    out, order = plgpu.kernel(
+        functools.partial(_prefill, shape=shape, has_sinks=bool(sinks)),
+        out_type=(
+            jax.ShapeDtypeStruct((padded, num_q_heads, head_dim), q.dtype),
+            jax.ShapeDtypeStruct(order.shape, order.dtype),
+        ),
+        scratch_types=_scratch(shape, q.dtype),
+        grid=(tiling.blocks,),
+        grid_names=("block",),
+        num_threads=_CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        interpret=interpret,
+        kernel_name="attention_prefill",
+    )(jnp.pad(q, ((0, padded - tokens), (0, 0), (0, 0))), k, v, *schedule, view.layer.reshape(1), order, *sinks)
+    return out[:tokens], order
+
+
+# Schedule
+
+
+class _Schedule(NamedTuple):
+    """Who does what. It depends on no layer: XLA computes it once in a program."""
+
+    tiles: jax.Array
+    """int32 `[tiles, _FIELDS]`: tiles of queries, those that see most keys first; a row is a `_Tile`."""
+    gaps: jax.Array
+    """int32 `[requests + 1, 2]`: first padding token and number of them, for each gap between requests."""
+    counts: jax.Array
+    """int32 `[2]`: rows of `tiles` and of `gaps` that are used."""
+
+
+class _Tile(NamedTuple):
+    """Of one tile of queries. The first `_BLOCK_Q` tokens from `token` on are its rows."""
+
+    token: Any
+    low: Any
+    """The first row that belongs to the request."""
+    high: Any
+    """One past the last."""
+    position: Any
+    """Of the query in row 0; less than 0 if that is none of the request."""
+    prefix: Any
+    """All rows see the keys before it."""
+    begin: Any
+    """The first key that is read: that of a box."""
+    blocks: Any
+    """Tiles of keys from there on; at least 1."""
+    row: Any
+    """Of the request's token 0 in the view."""
+    kv_len: Any
+
+
+def _schedule(
+    batch: RaggedBatch, view: LayerView, features: Features, shape: _Shape, tokens: int, slot_tokens: int
+) -> _Schedule:
+    slots = jnp.clip(batch.slots, 0, view.mapped.shape[1] - 1)
+    # Boxes begin with a multiple of their size: one that begins before the first mapped token is not read.
+    firsts = 0 if view.window is None else _up(view.mapped[0, slots])
+    q_lens = jnp.where(batch.kv_lens > firsts, batch.q_lens, 0)
+    starts, stops = batch.q_starts, batch.q_starts + q_lens
+    # Tiles begin with a multiple of a box too.
+    counts = jnp.where(q_lens > 0, (starts % _BOX + q_lens + _BLOCK_Q - 1) // _BLOCK_Q, 0)
+    ends = jnp.cumsum(counts)
+    most = (tokens + (_BLOCK_Q + _BOX - 2) * batch.num_requests) // _BLOCK_Q
+    tile = jnp.arange(most, dtype=jnp.int32)
+    r = jnp.searchsorted(ends, tile, side="right", method="compare_all").astype(jnp.int32)
+    r = jnp.minimum(r, batch.num_requests - 1)
+    begin_token = starts[r] // _BOX * _BOX + (tile - ends[r] + counts[r]) * _BLOCK_Q
+    token = jnp.clip(begin_token, 0, shape.tokens - _BLOCK_Q)
+    low = jnp.maximum(begin_token, starts[r]) - token
+    high = jnp.minimum(begin_token + _BLOCK_Q, stops[r]) - token
+    kv_len = batch.kv_lens[r]
+    position = kv_len - batch.q_lens[r] + token - starts[r]
+    prefix = jnp.zeros_like(r) if features.prefix_lens is None else features.prefix_lens[r]
+    begin = jnp.zeros_like(r)
+    if view.window is not None:
+        begin = jnp.maximum(jnp.maximum(position + low - view.window + 1, 0) // _BOX * _BOX, firsts[r])
+    end = jnp.clip(jnp.maximum(position + high, prefix), begin + 1, kv_len)
+    used = tile < ends[-1]
+    blocks = jnp.where(used, (end - begin + shape.tiling.block_k - 1) // shape.tiling.block_k, 0)
+    rows = jnp.stack(_Tile(token, low, high, position, prefix, begin, blocks, slots[r] * slot_tokens, kv_len), axis=1)
+    rows = jnp.pad(rows, ((0, 0), (0, _FIELDS - rows.shape[1])))
+    tiles = rows[_longest_first(blocks)]
+    gaps, num_gaps = _gaps(starts, stops, tokens)
+    return _Schedule(tiles.astype(jnp.int32), gaps, jnp.stack([ends[-1], num_gaps]).astype(jnp.int32))
+
+
+def _up(tokens: jax.Array) -> jax.Array:
+    return (tokens + _BOX - 1) // _BOX * _BOX
+
+
+def _longest_first(lengths: jax.Array) -> jax.Array:
+    """Indices that sort, as comparisons of all with all: one fusion instead of the launches of a sort."""
+    index = jnp.arange(lengths.size, dtype=jnp.int32)
+    before = (lengths[None, :] > lengths[:, None]) | (
+        (lengths[None, :] == lengths[:, None]) & (index[None, :] < index[:, None])
+    )
+    rank = before.sum(axis=1)
+    return jnp.where(rank[None, :] == index[:, None], index[None, :], 0).sum(axis=1)
+
+
+def _gaps(starts: jax.Array, stops: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Padding tokens: `(gaps, how many are not empty)`, those first."""
+    from_token = lax.cummax(jnp.concatenate([jnp.zeros(1, jnp.int32), stops]))
+    sizes = jnp.maximum(jnp.concatenate([starts, jnp.full(1, tokens, jnp.int32)]) - from_token, 0)
+    filled = sizes > 0
+    order = _longest_first(filled.astype(jnp.int32))
+    return jnp.stack([from_token, sizes], axis=1)[order], filled.sum()
+
+
+# Kernel
+
+
+def _scratch(shape: _Shape, dtype: Any) -> dict[str, Any]:
+    """Shared memory of a block."""
+    width = 128 // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((_BOX, width)), plgpu.SwizzleTransform(128))
+    tiling, dim = shape.tiling, shape.head_dim
+
+    def tiles(*sizes: int):
+        return plgpu.SMEM((*sizes, dim), dtype, transforms=transforms)
+
+    return {
+        "q_smem": tiles(tiling.q_stages, _BLOCK_Q),
+        "out_smem": tiles(_BLOCK_Q) if tiling.own_out else None,
+        "k_smem": tiles(tiling.stages, tiling.block_k),
+        "v_smem": tiles(tiling.stages, tiling.block_k),
+        "tile_smem": plgpu.SMEM((tiling.q_stages, _FIELDS), jnp.int32),
+        "zero_smem": plgpu.SMEM((shape.zero_heads, dim), dtype),
+        "q_ready": plgpu.Barrier(num_arrivals=2, num_barriers=tiling.q_stages),
+        "q_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.q_stages),
+        "k_ready": plgpu.Barrier(num_barriers=tiling.stages),
+        "v_ready": plgpu.Barrier(num_barriers=tiling.stages),
+        "tail_ready": plgpu.Barrier(num_arrivals=tiling.block_k // _BOX, num_barriers=2),
+        "k_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
+        "v_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
+        "turn": plgpu.Barrier(num_barriers=_CONSUMERS),
+    }
+
+
+def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, shape: _Shape, has_sinks: bool,
+             **scratch):  # fmt: skip
+    """One block; `_Schedule` has the tables, `_scratch` the rest.
+
+    Args:
+      q_ref: `[tokens, num_q_heads, head_dim]`.
+      k_ref, v_ref: `[slots * slot_tokens, columns, head_dim]`.
+      tiles, gaps, counts: see `_Schedule`.
+      layer_ref: int32 `[1]`.
+      order: int32 `[4]`: to have it makes the read come after the append that returned it.
+      refs: sinks if there are any, out, and the order token once more: it comes out when the kernel is over.
+    """
+    *sinks, out_ref, order_out = refs
+    warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+    work = _Work(tiles, counts[0] * shape.num_q_heads, block, shape)
+    layer = layer_ref[0] * shape.column_stride
+
+    @pl.when(warpgroup == _CONSUMERS)
+    def _():
+        plgpu.set_max_registers(shape.tiling.registers[0], action="decrease")
+
+        @pl.when(block == 0)
+        def _():
+            for i in range(order.shape[0]):
+                order_out[i] = order[i]
+
+        count = _copy(work, layer, q_ref, k_ref, v_ref, **scratch)
+        _fill_gaps(gaps, counts[1], out_ref, block, shape, scratch["zero_smem"])
+        _drain(work, count, **scratch)
+
+    @pl.when(warpgroup < _CONSUMERS)
+    def _():
+        plgpu.set_max_registers(shape.tiling.registers[1], action="increase")
+        _multiply(work, warpgroup, sinks[0] if has_sinks else None, out_ref, **scratch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What one block has to do: pairs of a tile of queries and a head, one after the other."""
+
+    tiles: Any
+    total: jax.Array
+    """Of all blocks."""
+    block: jax.Array
+    shape: _Shape
+
+    @property
+    def count(self) -> jax.Array:
+        """Of this block."""
+        blocks = self.shape.tiling.blocks
+        rounds = lax.div(self.total, blocks)
+        return rounds + (self._within(rounds) < lax.rem(self.total, blocks)).astype(jnp.int32)
+
+    def _within(self, i) -> jax.Array:
+        """Longest first, and every other round in reverse, like a snake: no block gets the longer ones every time."""
+        return jnp.where(lax.rem(i, 2) == 0, self.block, self.shape.tiling.blocks - 1 - self.block)
+
+    def item(self, i) -> tuple[jax.Array, jax.Array]:
+        """Row of `tiles` and query head of number `i`. Heads that share a KV head are neighbours: L2 has their keys."""
+        item = i * self.shape.tiling.blocks + self._within(i)
+        return lax.div(item, self.shape.num_q_heads), lax.rem(item, self.shape.num_q_heads)
+
+
+def _copy(
+    work: _Work, layer, q_ref, k_ref, v_ref, *, q_smem, k_smem, v_smem, tile_smem, q_ready, q_free, k_ready, v_ready,
+    tail_ready, k_free, v_free, **_,
+):  # fmt: skip
+    """The warpgroup that copies Q, K and V. Returns how many tiles of keys there were."""
+    shape, tiling = work.shape, work.shape.tiling
+    block_k, stages, q_stages = tiling.block_k, tiling.stages, tiling.q_stages
+
+    def item(i, count):
+        index, head = work.item(i)
+        tile = _Tile(*(work.tiles[index, field] for field in range(len(_Tile._fields))))
+        stage = lax.rem(i, q_stages)
+
+        @pl.when(i >= q_stages)
+        def _():
+            plgpu.barrier_wait(q_free.at[stage])
+
+        queries = pl.ds(pl.multiple_of(tile.token, _BOX), _BLOCK_Q)
+        plgpu.copy_gmem_to_smem(work.tiles.at[index], tile_smem.at[stage], q_ready.at[stage])
+        plgpu.copy_gmem_to_smem(q_ref.at[queries, head], q_smem.at[stage], q_ready.at[stage])
+
+        column = layer + lax.div(head, shape.group)
+        keys = k_ref, column, k_smem, k_ready, k_free, tail_ready.at[0]
+        values = v_ref, column + shape.v_column, v_smem, v_ready, v_free, tail_ready.at[1]
+
+        def load(t, side, *, last: bool = False):
+            """Number `t` of the tiles of keys, which are read from the last to the first."""
+            ref, column, smem, ready, free, tail = side
+            stage = lax.rem(count + t, stages)
+
+            @pl.when(count + t >= stages)
+            def _():
+                plgpu.barrier_wait(free.at[stage])
+
+            key = tile.begin + (tile.blocks - 1 - t) * block_k
+
+            def whole():
+                rows = pl.ds(pl.multiple_of(tile.row + key, _BOX), block_k)
+                plgpu.copy_gmem_to_smem(ref.at[rows, column], smem.at[stage], ready.at[stage])
+
+            if not last:
+                whole()
+                return
+            pl.when(key + block_k <= tile.kv_len)(whole)
+
+            @pl.when(key + block_k > tile.kv_len)
+            def _():
+                for box in range(0, block_k, _BOX):
+                    begin = jnp.where(key + box < tile.kv_len, key + box, key)
+                    rows = pl.ds(pl.multiple_of(tile.row + begin, _BOX), _BOX)
+                    plgpu.copy_gmem_to_smem(ref.at[rows, column], smem.at[stage, pl.ds(box, _BOX)], tail)
+                plgpu.barrier_wait(tail)
+                if ref is v_ref and side is values:
+                    _clean(smem.at[stage], tile.kv_len - key, shape)
+                plgpu.barrier_arrive(ready.at[stage])
+
+        load(0, keys, last=True)
+
+        @pl.when(tile.blocks > 1)
+        def _():
+            load(1, keys)
+
+        load(0, values, last=True)
+
+        def step(t, _):
+            load(t, keys)
+            load(t - 1, values)
+
+        lax.fori_loop(2, tile.blocks, step, None)
+
+        @pl.when(tile.blocks > 1)
+        def _():
+            load(tile.blocks - 1, values)
+
+        return count + tile.blocks
+
+    return lax.fori_loop(0, work.count, item, jnp.int32(0))
+
+
+def _drain(work: _Work, count, *, q_free, k_free, v_free, **_) -> None:
+    """Waits until the last of `count` tiles of keys and the queries are free again: barriers end as they began."""
+    tiling = work.shape.tiling
+
+    def queries(i, _):
+        plgpu.barrier_wait(q_free.at[lax.rem(i, tiling.q_stages)])
+
+    def keys(t, _):
+        plgpu.barrier_wait(k_free.at[lax.rem(t, tiling.stages)])
+        plgpu.barrier_wait(v_free.at[lax.rem(t, tiling.stages)])
+
+    lax.fori_loop(jnp.maximum(work.count - tiling.q_stages, 0), work.count, queries, None)
+    lax.fori_loop(jnp.maximum(count - tiling.stages, 0), count, keys, None)
+
+
+def _clean(v, length, shape: _Shape) -> None:
+    """Sets what lies behind the first `length` rows to 0: whatever it was, NaN too, times a weight of 0 must be 0."""
+    width = 64
+    at = plgpu.broadcasted_iota(jnp.int32, (_ROWS, width), 0, layout=plgpu.Layout.WGMMA)
+    rows = [*range(0, shape.tiling.block_k - _ROWS, _ROWS), shape.tiling.block_k - _ROWS]
+    for row in rows:
+        for column in range(0, shape.head_dim, width):
+            part = v.at[pl.ds(row, _ROWS), pl.ds(column, width)]
+            values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+            part[...] = jnp.where(at + row < length, values, jnp.zeros_like(values))
+    plgpu.commit_smem()
+
+
+def _fill_gaps(gaps, num_gaps, out_ref, block, shape: _Shape, zero_smem) -> None:
+    """Writes 0 to the rows of padding tokens, which the blocks share."""
+    heads, parts = shape.zero_heads, shape.num_q_heads // shape.zero_heads
+
+    @pl.when(num_gaps > 0)
+    def _():
+        layout = plgpu.Layout.WG_STRIDED(zero_smem.shape, vec_size=zero_smem.size // 128)
+        zero_smem[...] = plgpu.layout_cast(jnp.zeros(zero_smem.shape, zero_smem.dtype), layout)
+        plgpu.commit_smem()
+
+        def gap(g, _):
+            first, size = gaps[g, 0], gaps[g, 1]
+
+            def part(i, _):
+                each = block + i * shape.tiling.blocks
+                at = out_ref.at[first + lax.div(each, parts), pl.ds(lax.rem(each, parts) * heads, heads)]
+                plgpu.copy_smem_to_gmem(zero_smem, at)
+
+            lax.fori_loop(0, lax.div(size * parts - 1 - block, shape.tiling.blocks) + 1, part, None)
+
+        lax.fori_loop(0, num_gaps, gap, None)
+        plgpu.wait_smem_to_gmem(0)
+
+
+class _State(NamedTuple):
+    """Of an online softmax over the tiles of keys so far, each row on its own."""
+
+    maximum: Any  # [_ROWS]
+    total: Any  # [_ROWS]
+    acc: Any  # [_ROWS, head_dim]: of the tiles but the last, to be multiplied with `shrink`
+    weights: Any  # [_ROWS, block_k]: of the last
+    shrink: Any  # [_ROWS]
+
+
+def _multiply(
+    work: _Work, warpgroup, sinks, out_ref, *, q_smem, k_smem, v_smem, tile_smem, out_smem, q_ready, q_free, k_ready,
+    v_ready, k_free, v_free, turn, **_,
+):  # fmt: skip
+    """A warpgroup that computes."""
+    shape, tiling = work.shape, work.shape.tiling
+    block_k, stages, head_dim = tiling.block_k, tiling.stages, shape.head_dim
+    dtype = k_smem.dtype
+    row_layout = plgpu.Layout.WGMMA.reduce(1)
+    own_rows = pl.ds(warpgroup * _ROWS, _ROWS)
+    if tiling.ping_pong:
+
+        @pl.when(warpgroup == 1)
+        def _():
+            plgpu.barrier_arrive(turn.at[0])
+
+    def item(i, count):
+        _, head = work.item(i)
+        q_stage = lax.rem(i, tiling.q_stages)
+        plgpu.barrier_wait(q_ready.at[q_stage])
+        tile = _Tile(*(tile_smem[q_stage, field] for field in range(len(_Tile._fields))))
+        q = q_smem.at[q_stage, own_rows]
+        position = tile.position + warpgroup * _ROWS
+        softmax = functools.partial(_softmax, tile=tile, position=position, shape=shape)
+
+        def stage_of(t):
+            return lax.rem(count + t, stages)
+
+        def key_of(t):
+            return tile.begin + (tile.blocks - 1 - t) * block_k
+
+        def first():
+            """Scores of tile 0."""
+            plgpu.barrier_wait(k_ready.at[stage_of(0)])
+
+            def scores(ref):
+                plgpu.wgmma(ref, q, k_smem.at[stage_of(0)].transpose((1, 0)))
+                return ref[...]
+
+            found = pl.run_scoped(scores, plgpu.ACC((_ROWS, block_k), jnp.float32))
+            plgpu.barrier_arrive(k_free.at[stage_of(0)])
+            return found
+
+        maximum = plgpu.layout_cast(jnp.full((_ROWS,), _NOTHING, jnp.float32), row_layout)
+        total = plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), row_layout)
+        acc = plgpu.layout_cast(jnp.zeros((_ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
+        weights, maximum, shrink, total = softmax(first(), maximum, total, key_of(0), masked=True)
+        state = _State(maximum, total, acc, weights, shrink)
+
+        def settled(state):
+            """`acc` and `weights` as the next product with V takes them: the one before is over."""
+            plgpu.wgmma_wait(0)
+            acc, weights = lax.optimization_barrier((state.acc, state.weights))
+            return acc * lax.broadcast_in_dim(state.shrink, acc.shape, [0]), weights.astype(dtype)
+
+        def multiply(acc_ref, weights, t):
+            """Begins to add the product of the weights of tile `t` with V."""
+            stage = stage_of(t)
+            plgpu.barrier_wait(v_ready.at[stage])
+            plgpu.wgmma(acc_ref, weights, v_smem.at[stage])
+
+        def step(t, state, *, masked: bool):
+            """Scores and weights of tile `t`, and the product of those of tile `t - 1` with V, in flight at the end."""
+            acc, weights = settled(state)
+
+            @pl.when(t > 1)
+            def _():
+                plgpu.barrier_arrive(v_free.at[stage_of(t - 2)])
+
+            # Before the accumulators are there: compilers would set them up behind, where it has to be just before.
+            k_stage = stage_of(t)
+            plgpu.barrier_wait(k_ready.at[k_stage])
+            if tiling.ping_pong:
+                plgpu.barrier_wait(turn.at[warpgroup])
+
+            def body(acc_ref, scores_ref):
+                if not shape.interpreted:  # which has no accumulators that begin with a value
+                    acc_ref[...] = acc
+                plgpu.wgmma(scores_ref, q, k_smem.at[k_stage].transpose((1, 0)))
+                multiply(acc_ref, weights, t - 1)
+                if tiling.ping_pong:
+                    plgpu.barrier_arrive(turn.at[1 - warpgroup])
+                scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1 if tiling.overlap else 0)
+                plgpu.barrier_arrive(k_free.at[k_stage])
+                scores = lax.optimization_barrier(scores)
+                found = softmax(scores, state.maximum, state.total, key_of(t), masked=masked)
+                # To wait for the second product here would do, but the compiler moves the softmax behind the wait.
+                added = plgpu.wgmma_accumulator_load(acc_ref, wait_n=None)
+                new_weights, maximum, shrink, total = found
+                return _State(maximum, total, acc + added if shape.interpreted else added, new_weights, shrink)
+
+            return pl.run_scoped(
+                body, plgpu.ACC((_ROWS, head_dim), jnp.float32), plgpu.ACC((_ROWS, block_k), jnp.float32)
+            )
+
+        def steps(begin, end, state, *, masked: bool):
+            state = lax.fori_loop(begin, end, functools.partial(step, masked=masked), state)
+            plgpu.wgmma_wait(0)
+            return state._replace(acc=lax.optimization_barrier(state.acc))
+
+        low, high = _unmasked(tile, position, shape)
+        full, below = jnp.maximum(tile.blocks - high, 1), jnp.maximum(tile.blocks - low, 1)
+        state = steps(1, full, state, masked=True)
+        state = steps(full, below, state, masked=False)
+        if shape.window is not None:
+            state = steps(jnp.maximum(full, below), tile.blocks, state, masked=True)
+        if tiling.own_out:
+            plgpu.barrier_arrive(q_free.at[q_stage])
+        acc, weights = settled(state)
+
+        @pl.when(tile.blocks > 1)
+        def _():
+            plgpu.barrier_arrive(v_free.at[stage_of(tile.blocks - 2)])
+
+        def finish(acc_ref):
+            if not shape.interpreted:
+                acc_ref[...] = acc
+            multiply(acc_ref, weights, tile.blocks - 1)
+            return acc_ref[...] + acc if shape.interpreted else acc_ref[...]
+
+        acc = pl.run_scoped(finish, plgpu.ACC((_ROWS, head_dim), jnp.float32))
+        plgpu.barrier_arrive(v_free.at[stage_of(tile.blocks - 1)])
+        total = state.total
+        if sinks is not None:
+            factor = _factors(shape)[1]
+            total = total + jnp.exp2(sinks[head] * _LOG2_E - state.maximum * factor)
+        # A row that sees nothing, of no request, has total 0.
+        acc = acc * lax.broadcast_in_dim(1 / jnp.where(total == 0, 1, total), acc.shape, [0])
+        buffer = out_smem.at[own_rows] if tiling.own_out else q
+        _store(acc.astype(dtype), buffer, out_ref, tile, head, warpgroup, shape)
+        if not tiling.own_out:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(q_free.at[q_stage])
+        return count + tile.blocks
+
+    lax.fori_loop(0, work.count, item, jnp.int32(0))
+    if tiling.ping_pong:
+
+        @pl.when(warpgroup == 0)
+        def _():
+            plgpu.barrier_wait(turn.at[0])
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _unmasked(tile: _Tile, position, shape: _Shape) -> tuple[Any, Any]:
+    """Tiles of keys `low .. high - 1` that every row of a warpgroup sees all of."""
+    block_k = shape.tiling.block_k
+    seen = jnp.maximum(position + 1, tile.prefix) - tile.begin
+    high = jnp.minimum(lax.div(jnp.maximum(seen, 0), block_k), tile.blocks)
+    if shape.window is None:
+        return jnp.int32(0), high
+    hidden = jnp.maximum(position + _ROWS - shape.window - tile.begin, 0)
+    return jnp.minimum(lax.div(hidden + block_k - 1, block_k), tile.blocks), high
+
+
+def _factors(shape: _Shape) -> tuple[float | None, float]:
+    """Scores are products times the one, if there is no cap, and exponents of 2 are scores times the other."""
+    if shape.soft_cap is not None:
+        return None, 1.0
+    # A maximum is one of products only if the factor is positive; then exponents take a multiplication and addition.
+    return (1.0, shape.scale * _LOG2_E) if shape.scale > 0 else (shape.scale * _LOG2_E, 1.0)
+
+
+def _softmax(products, maximum, total, key, *, tile: _Tile, position, shape: _Shape, masked: bool):
+    """Returns `(weights, maximum, factor of what was found so far, total)`. The first key is number `key`."""
+    first, factor = _factors(shape)
+    scores = products
+    if shape.soft_cap is not None:
+        scores = jnp.tanh(products * (shape.scale / shape.soft_cap)) * (shape.soft_cap * _LOG2_E)
+    elif first != 1.0:
+        scores = products * first
+    if masked:
+        scores = _visible(scores, tile, position, key, shape)
+    new_maximum = jnp.maximum(maximum, scores.max(axis=1))
+    shrink = jnp.exp2((maximum - new_maximum) * factor)
+    weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_maximum * factor, scores.shape, [0]))
+    return weights, new_maximum, shrink, total * shrink + weights.sum(axis=1)
+
+
+def _visible(scores, tile: _Tile, position, key, shape: _Shape):
+    """`scores`, and minus infinity for keys, from number `key` on, that a row does not see."""
+    layout = None if shape.interpreted else plgpu.Layout.WGMMA.reduce(1)
+    row = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=layout)
+    end = jnp.maximum(row + (position + 1 - key), tile.prefix - key)
+    if shape.window is None:
+        begin = plgpu.layout_cast(jnp.zeros_like(end), layout) if layout else jnp.zeros_like(end)
+    else:
+        begin = row + (position + 1 - shape.window - key)
+    if shape.interpreted:
+        column = jnp.arange(scores.shape[1], dtype=jnp.int32)[None, :]
+        return jnp.where((column >= begin[:, None]) & (column < end[:, None]), scores, -jnp.inf)
+    return _masked(scores, begin, end, has_begin=shape.window is not None)
+
+
+def _masked(scores, begin, end, *, has_begin: bool):
+    """`scores`, and minus infinity in columns other than `begin .. end - 1`.
+
+    As comparisons of constants with bounds that lack the first column of the thread: `jnp.where` would keep the number
+    of each column in a register of its own, through all loops.
+    """
+    wgmma, row = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+
+    def place(i):
+        return ir.DenseI64ArrayAttr.get([i])
+
+    def scalar(register, i):
+        return vector.extract(register, dynamic_position=[], static_position=place(i))
+
+    @plgpu.inline_mgpu(
+        arg_types=(wgmma, row, row), return_type=plgpu.ShapeDtypeStruct(scores.shape, scores.dtype, wgmma)
+    )
+    def mask(_, scores, begin, end):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        (_, first), *_ = scores.layout.thread_idxs(scores.shape)
+        first = arith.index_cast(i32, first)
+        bounds = [[arith.subi(scalar(each, 0), first) for each in rows.registers.flat] for rows in (begin, end)]
+        hidden = arith.constant(f32, ir.FloatAttr.get(f32, -math.inf))
+        registers = scores.registers.copy()
+        for at, register in np.ndenumerate(registers):
+            begin, end = (each[at[4]] for each in bounds)  # the thread's upper or lower row
+            for i in range(2):
+                column = mgpu.c(8 * at[1] + i, i32)
+                seen = arith.cmpi(arith.CmpIPredicate.slt, column, end)
+                if has_begin:
+                    seen = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.sge, column, begin))
+                value = arith.select(seen, scalar(register, i), hidden)
+                register = vector.insert(value, register, dynamic_position=[], static_position=place(i))
+            registers[at] = register
+        return mgpu.FragmentedArray(_registers=registers, _layout=scores.layout, _is_signed=None)
+
+    return mask(scores, begin, end)
+
+
+def _store(result, buffer, out_ref, tile: _Tile, head, warpgroup, shape: _Shape) -> None:
+    """Writes the rows that belong to the request: through shared memory if all of them do."""
+    first = warpgroup * _ROWS
+    low, high = jnp.maximum(tile.low - first, 0), jnp.minimum(tile.high - first, _ROWS)
+    whole = (low == 0) & (high == _ROWS)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    @pl.when(whole)
+    def _():
+        buffer[...] = result
+        plgpu.commit_smem()
+        rows = pl.ds(pl.multiple_of(tile.token + first, _BOX), _ROWS)
+        plgpu.copy_smem_to_gmem(buffer, out_ref.at[rows, head])
+
+    @pl.when(jnp.logical_not(whole))
+    def _():
+        if shape.interpreted:
+            buffer[...] = result
+            plgpu.commit_smem()
+
+            def row(i, _):
+                plgpu.copy_smem_to_gmem(buffer.at[i], out_ref.at[tile.token + first + i, head])
+
+            lax.fori_loop(low, high, row, None)
+        else:
+            _store_rows(result, out_ref, tile.token + first, head, low, high)
+
+
+def _store_rows(result, out_ref, token, head, low, high) -> None:
+    """Writes rows `low .. high - 1`, from registers: copies of shared memory take 8 rows, or one if not swizzled."""
+    scalar = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), scalar, scalar, scalar, scalar))
+    def store(_, result, out, *scalars):
+        index = ir.IndexType.get()
+        token, head, low, high = (arith.index_cast(index, each.registers.item()) for each in scalars)
+        firsts: dict[int, tuple] = {}
+        for (at, _), place in zip(
+            np.ndenumerate(result.registers), result.layout.thread_idxs(result.shape), strict=True
+        ):
+            firsts.setdefault(at[4], place)
+        for half, (row, column) in firsts.items():  # the thread's upper and lower row
+            inside = arith.andi(
+                arith.cmpi(arith.CmpIPredicate.sge, row, low), arith.cmpi(arith.CmpIPredicate.slt, row, high)
+            )
+            with mgpu.when(inside):
+                for at, register in np.ndenumerate(result.registers):
+                    if at[4] == half:
+                        place = arith.addi(column, mgpu.c(8 * at[1], index))
+                        vector.store(register, out, [arith.addi(token, row), head, place])
+
+    store(result, out_ref, token, head, low, high)
