@@ -33,9 +33,9 @@ def interpreter():
     [
         ([64], {}),
         ([100, 7], {"head_dim": 128}),
-        ([130, 1, 64, 63, 300], {"blocks": 1, "in_flight": 2}),
+        ([130, 1, 64, 63, 300], {"blocks": 1}),
         ([0, 33, 0, 600, 0, 5], {"blocks": 3, "streams": 2}),
-        ([257, 64], {"layout": "layer_major", "group": 8, "streams": 2, "in_flight": 4}),
+        ([257, 64], {"layout": "layer_major", "group": 8, "streams": 2}),
         ([70, 200], {"group": 1, "dtype": "float16", "head_dim": 96}),
         ([70, 200], {"group": 12, "kv_heads": 1}),
         ([70, 9], {"group": 3, "soft_cap": 2.0, "sinks": True}),
@@ -80,9 +80,7 @@ def test_in_the_interpreter(lengths, options):
         batch,
         features,
         scale=dim**-0.5,
-        tiling=mosaic_decode.Tiling(
-            blocks=options["blocks"], streams=options.get("streams", 1), in_flight=options.get("in_flight", 3)
-        ),
+        tiling=mosaic_decode.Tiling(blocks=options["blocks"], streams=options.get("streams", 1)),
         interpret=params,
         interpret_tables=True,
     )
@@ -206,6 +204,7 @@ def test_float8(head_dim, layout):
         ([(40, 140)], {"soft_cap": 2.0, "sinks": True}),
         ([(20, 30)], {"scale": -0.2, "group": 3, "kv_heads": 1}),
         ([(0, 0), (0, 0)], {}),
+        ([(1, 9), (2, 20)], {"blocks": 5}),  # more blocks than there is padding to fill
         ([(150, 300)], {"overlap": False, "ping_pong": False, "own_out": False, "q_stages": 1}),
         ([(150, 300)], {"own_out": False, "block_k": 128, "stages": 3}),
     ],
@@ -247,7 +246,7 @@ def test_prefill_in_the_interpreter(requests, options):
     )  # fmt: skip
     np.testing.assert_array_equal(order, 0)
     out = np.array(out.astype(jnp.float32))
-    for row, (q_len, kv_len) in enumerate(requests):
+    for row, (q_len, _) in enumerate(requests):
         own = slice(starts[row], starts[row] + q_len)
         if q_len:
             expected = reference_attention(

@@ -48,9 +48,6 @@ class Tiling:
     """Tiles of a stream that are in flight or being read."""
     streams: int = 1
     """Of a block."""
-    in_flight: int = 3
-    """Copies of a tile of K, or of V, that a stream has under way, at least 2. With more of them the memory of a GPU
-    serves some multiprocessors faster than others, and the slowest one decides."""
     blocks: int = _BLOCKS
 
 
@@ -368,12 +365,11 @@ def _copy(
         (v_ref, v_smem, v_ready, v_tail_ready, v_free),
     )
 
-    def piece(piece: _Piece, state):
+    def piece(piece: _Piece, count):
         base = pl.multiple_of(piece.of.row, _BOX)
         columns = layer + piece.head, layer + piece.head + work.shape.v_column
 
-        def tile(tile, state, *, tail: bool):
-            count, tails = state
+        def tile(tile, count, *, tail: bool):
             stage = lax.rem(count, stages)
             barrier = work.local * stages + stage
             token = piece.first + tile * block_k
@@ -384,7 +380,6 @@ def _copy(
                 def _(free=free):
                     plgpu.barrier_wait(free.at[barrier])
 
-                _wait_for_earlier_copy(work, sides, side, count, tails)
                 if not tail:
                     rows = pl.ds(pl.multiple_of(base + token, _BOX), block_k)
                     plgpu.copy_gmem_to_smem(ref.at[rows, column], smem.at[work.local, stage], ready.at[barrier])
@@ -394,18 +389,13 @@ def _copy(
                     rows = pl.ds(pl.multiple_of(base + begin, _BOX), _BOX)
                     target = smem.at[work.local, stage, pl.ds(box, _BOX)]
                     plgpu.copy_gmem_to_smem(ref.at[rows, column], target, tail_ready.at[barrier])
-            return count + 1, 2 * tails + int(tail)
+            return count + 1
 
         whole = piece.whole_tiles(block_k)
-        state = lax.fori_loop(0, whole, functools.partial(tile, tail=False), state)
-        return lax.fori_loop(whole, piece.tiles(block_k), functools.partial(tile, tail=True), state)
+        count = lax.fori_loop(0, whole, functools.partial(tile, tail=False), count)
+        return lax.fori_loop(whole, piece.tiles(block_k), functools.partial(tile, tail=True), count)
 
-    count, tails = work.each_piece(piece, (jnp.int32(0), jnp.int32(0)))
-    for missed in range(
-        -(-work.shape.tiling.in_flight // 2)
-    ):  # whoever waits for a barrier waits for all of its phases
-        for side in range(2):
-            _wait_for_earlier_copy(work, sides, side, count + missed, tails * 2**missed, missed)
+    count = work.each_piece(piece, jnp.int32(0))
 
     def drain(tile, _):
         barrier = work.local * stages + lax.rem(tile, stages)
@@ -413,29 +403,6 @@ def _copy(
         plgpu.barrier_wait(v_free.at[barrier])
 
     lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
-
-
-def _wait_for_earlier_copy(work: _Work, sides, side: int, count, tails, missed: int = 0) -> None:
-    """Before K (`side` 0) or V (1) of tile `count` is copied: until no more than `in_flight - 1` copies are under way.
-
-    Args:
-      tails: of the tiles before, bit 0 the last one: whether it was copied in boxes.
-      missed: which of the tiles behind the last one, as if there were more; of these only what there was is waited for.
-    """
-    tiling = work.shape.tiling
-    if tiling.in_flight >= 2 * tiling.stages:
-        return  # there is no place for more
-    earlier = (side - tiling.in_flight) % 2
-    back = (tiling.in_flight - side + earlier) // 2
-    ready, tail_ready = sides[earlier][2:4]
-
-    if missed >= back:
-        return
-
-    @pl.when(count >= back)
-    def _():
-        barrier = work.local * tiling.stages + lax.rem(count - back, tiling.stages)
-        _wait(ready, tail_ready, barrier, jnp.bitwise_and(lax.shift_right_logical(tails, back - 1), 1) == 1, True)
 
 
 def _multiply(

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, memref, vector
+from jax._src.lib.mlir.dialects import arith, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -479,7 +479,8 @@ def _fill_gaps(gaps, num_gaps, out_ref, block, shape: _Shape, zero_smem) -> None
                 at = out_ref.at[first + lax.div(each, parts), pl.ds(lax.rem(each, parts) * heads, heads)]
                 plgpu.copy_smem_to_gmem(zero_smem, at)
 
-            lax.fori_loop(0, lax.div(size * parts - 1 - block, shape.tiling.blocks) + 1, part, None)
+            blocks = shape.tiling.blocks
+            lax.fori_loop(0, lax.div(jnp.maximum(size * parts - block, 0) + blocks - 1, blocks), part, None)
 
         lax.fori_loop(0, num_gaps, gap, None)
         plgpu.wait_smem_to_gmem(0)
