@@ -205,7 +205,7 @@ def test_float8(head_dim, layout):
         ([(20, 30)], {"scale": -0.2, "group": 3, "kv_heads": 1}),
         ([(0, 0), (0, 0)], {}),
         ([(1, 9), (2, 20)], {"blocks": 5}),  # more blocks than there is padding to fill
-        ([(150, 300)], {"overlap": False, "ping_pong": False, "own_out": False, "q_stages": 1}),
+        ([(150, 300)], {"overlap": True, "ping_pong": False, "own_out": False, "q_stages": 1}),
         ([(150, 300)], {"own_out": False, "block_k": 128, "stages": 3}),
     ],
     ids=str,

@@ -85,12 +85,22 @@ def compiled(target, program, spec, max_q_len):
 
 
 def gpu_kernels(each):
-    """Kernels of attention; `attention_decode` of Mosaic counts, and not the one that joins its results."""
+    """Kernels of attention, and not the small ones that share out and join the work of a decode step."""
     calls = [rest for *_, opcode, rest in instructions(each) if opcode == "custom-call"]
-    joins = 'name = "attention_decode_combine"'
+    small = ('name = "attention_decode_combine"', 'name = "attention_decode_schedule"')
     return [
-        rest for rest in calls if ("triton" in rest and joins not in rest) or 'custom_call_target="mosaic_gpu' in rest
+        rest
+        for rest in calls
+        if 'custom_call_target="mosaic_gpu' in rest or ("triton" in rest and not any(name in rest for name in small))
     ]
+
+
+def kernels_of_a_layer(target, max_q_len, spec):
+    """Triton's, or Mosaic's: one for requests of one query, and one more for those of many."""
+    served = (64, 128) if max_q_len > 1 else (64, 96, 128, 192, 256)
+    hopper = target == "h100" and spec.dtype == jnp.bfloat16 and spec.head_dim in served
+    mosaic = hopper and jax.__version_info__ >= (0, 11)
+    return ("mosaic", 1 if max_q_len == 1 else 2) if mosaic else ("triton", 1)
 
 
 def mosaic_kernels(each):
@@ -111,14 +121,19 @@ def test_view_is_not_copied(program, max_q_len):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("max_q_len", [1, 512], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_kernels_fit_every_gpu(target, max_q_len, dtype, head_dim):
     spec = llama_spec(dtype=dtype, head_dim=head_dim)
     each = compiled(target, "straight", spec, max_q_len)
     assert_views_not_copied(each, spec)
-    assert len(gpu_kernels(each)) == 2, "the GPU implementation was not chosen"
-    hopper = target == "h100" and max_q_len == 1 and dtype == jnp.bfloat16 and head_dim in (64, 128)
-    assert len(mosaic_kernels(each)) == (2 if hopper and jax.__version_info__ >= (0, 11) else 0)
+    assert_chosen(each, target, max_q_len, spec)
+
+
+def assert_chosen(each, target, max_q_len, spec):
+    """For both layers of a program."""
+    name, count = kernels_of_a_layer(target, max_q_len, spec)
+    assert len(gpu_kernels(each)) == 2 * count, "the GPU implementation was not chosen"
+    assert len(mosaic_kernels(each)) == (2 * count if name == "mosaic" else 0)
 
 
 SINKS = jax.ShapeDtypeStruct((Q_HEADS,), jnp.float32)
@@ -145,7 +160,7 @@ def test_features_fit_every_gpu(target, max_q_len, features):
     args = (abstract_q(spec, max_q_len), abstract_cache(spec), abstract_batch(max_q_len), arrays)
     each = compile_for(target, capped, *args)
     assert_views_not_copied(each, spec)
-    assert len(gpu_kernels(each)) == 2, "the GPU implementation was not chosen"
+    assert_chosen(each, target, max_q_len, spec)
 
 
 def appended_and_read(q, k, cache, batch):
@@ -191,6 +206,15 @@ def quantized_and_read(x, weights, cache, batch):
         out, cache = attention(q, cache, layer=layer, batch=batch, implementation=("triton", "reference"))
         x = out.reshape(x.shape)
     return x, cache.order
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_float8_decode_on_hopper(head_dim):
+    spec = llama_spec(dtype=jnp.float8_e4m3fn, head_dim=head_dim)
+    q = jax.ShapeDtypeStruct((REQUESTS, Q_HEADS, head_dim), jnp.bfloat16)
+    each = compile_for("h100", straight, q, abstract_cache(spec), int32(), abstract_batch(1))
+    assert_views_not_copied(each, spec)
+    assert len(mosaic_kernels(each)) == (2 if jax.__version_info__ >= (0, 11) else 0)
 
 
 @pytest.mark.parametrize(("target", "max_q_len"), [("a100", 1), ("h100", 512), ("b200", 1)])

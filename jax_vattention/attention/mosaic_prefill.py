@@ -2,8 +2,8 @@
 
 FlashAttention-3 (Shah, Bikshandi, Zhang, Thakkar, Ramani and Dao, arXiv 2407.08608): a block has one warpgroup that
 copies tiles of Q, K and V into shared memory with the tensor memory accelerator, and two that multiply, each 64 rows of
-a tile of queries. They take turns on the tensor cores (its "ping-pong"), and while the tensor cores multiply the
-weights of one tile of keys with V, the softmax of the next is computed.
+a tile of queries. They take turns on the tensor cores (its "ping-pong"): one multiplies while the other computes its
+softmax. Its other overlap, within a warpgroup, is `Tiling.overlap`.
 
 A block stays for the whole kernel: tiles of queries of all requests and heads, sorted by the keys that they see, are
 dealt out to the blocks, and the copying warpgroup runs ahead into the next one.
@@ -65,8 +65,8 @@ class Tiling:
     """Results have shared memory of their own, and do not wait in that of their queries to be stored."""
     ping_pong: bool = True
     """Warpgroups take turns on the tensor cores."""
-    overlap: bool = True
-    """The softmax of a tile overlaps with the product with V of the one before it."""
+    overlap: bool = False
+    """The softmax of a tile overlaps with the product with V of the one before it. Slower so far: see NOTES.md."""
     registers: tuple[int, int] = (40, 232)
     """Of a thread that copies, and of one that multiplies."""
     blocks: int = _BLOCKS
@@ -208,7 +208,7 @@ def _schedule(
 ) -> _Schedule:
     slots = jnp.clip(batch.slots, 0, view.mapped.shape[1] - 1)
     # Boxes begin with a multiple of their size: one that begins before the first mapped token is not read.
-    firsts = 0 if view.window is None else _up(view.mapped[0, slots])
+    firsts = jnp.zeros_like(slots) if view.window is None else _up(view.mapped[0, slots])
     q_lens = jnp.where(batch.kv_lens > firsts, batch.q_lens, 0)
     starts, stops = batch.q_starts, batch.q_starts + q_lens
     # Tiles begin with a multiple of a box too.
@@ -456,7 +456,7 @@ def _clean(v, length, shape: _Shape) -> None:
     for row in rows:
         for column in range(0, shape.head_dim, width):
             part = v.at[pl.ds(row, _ROWS), pl.ds(column, width)]
-            values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+            values = plgpu.load(part, layout=plgpu.Layout.WGMMA)  # type: ignore[call-arg]  # jax 0.10 has another signature
             part[...] = jnp.where(at + row < length, values, jnp.zeros_like(values))
     plgpu.commit_smem()
 
@@ -513,7 +513,7 @@ def _multiply(
             plgpu.barrier_arrive(turn.at[0])
 
     def item(i, count):
-        _, head = work.item(i)
+        head = work.item(i)[1]
         q_stage = lax.rem(i, tiling.q_stages)
         plgpu.barrier_wait(q_ready.at[q_stage])
         tile = _Tile(*(tile_smem[q_stage, field] for field in range(len(_Tile._fields))))
@@ -713,7 +713,7 @@ def _masked(scores, begin, end, *, has_begin: bool):
         (_, first), *_ = scores.layout.thread_idxs(scores.shape)
         first = arith.index_cast(i32, first)
         bounds = [[arith.subi(scalar(each, 0), first) for each in rows.registers.flat] for rows in (begin, end)]
-        hidden = arith.constant(f32, ir.FloatAttr.get(f32, -math.inf))
+        hidden = mgpu.c(-math.inf, f32)
         registers = scores.registers.copy()
         for at, register in np.ndenumerate(registers):
             begin, end = (each[at[4]] for each in bounds)  # the thread's upper or lower row
@@ -767,9 +767,8 @@ def _store_rows(result, out_ref, token, head, low, high) -> None:
         index = ir.IndexType.get()
         token, head, low, high = (arith.index_cast(index, each.registers.item()) for each in scalars)
         firsts: dict[int, tuple] = {}
-        for (at, _), place in zip(
-            np.ndenumerate(result.registers), result.layout.thread_idxs(result.shape), strict=True
-        ):
+        places = result.layout.thread_idxs(result.shape)
+        for at, place in zip(np.ndindex(result.registers.shape), places, strict=True):
             firsts.setdefault(at[4], place)
         for half, (row, column) in firsts.items():  # the thread's upper and lower row
             inside = arith.andi(
