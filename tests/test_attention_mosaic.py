@@ -187,7 +187,7 @@ def test_prefill_in_the_interpreter(requests, options):
     )  # fmt: skip
     np.testing.assert_array_equal(order, 0)
     out = np.array(out.astype(jnp.float32))
-    for row, (q_len, kv_len) in enumerate(requests):
+    for row, q_len in enumerate(q_lens):
         own = slice(starts[row], starts[row] + q_len)
         if q_len:
             expected = reference_attention(

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, memref, vector
+from jax._src.lib.mlir.dialects import arith, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -192,7 +192,7 @@ def _schedule(
 ) -> _Schedule:
     slots = jnp.clip(batch.slots, 0, view.mapped.shape[1] - 1)
     # Boxes begin with a multiple of their size: one that begins before the first mapped token is not read.
-    firsts = 0 if view.window is None else _up(view.mapped[0, slots])
+    firsts = jnp.zeros_like(slots) if view.window is None else _up(view.mapped[0, slots])
     q_lens = jnp.where(batch.kv_lens > firsts, batch.q_lens, 0)
     starts, stops = batch.q_starts, batch.q_starts + q_lens
     # Tiles begin with a multiple of a box too.
@@ -496,7 +496,7 @@ def _multiply(
             plgpu.barrier_arrive(turn.at[0])
 
     def item(i, count):
-        _, head = work.item(i)
+        head = work.item(i)[1]
         q_stage = lax.rem(i, tiling.q_stages)
         plgpu.barrier_wait(q_ready.at[q_stage])
         tile = _Tile(*(tile_smem[q_stage, field] for field in range(len(_Tile._fields))))
@@ -696,7 +696,7 @@ def _masked(scores, begin, end, *, has_begin: bool):
         (_, first), *_ = scores.layout.thread_idxs(scores.shape)
         first = arith.index_cast(i32, first)
         bounds = [[arith.subi(scalar(each, 0), first) for each in rows.registers.flat] for rows in (begin, end)]
-        hidden = arith.constant(f32, ir.FloatAttr.get(f32, -math.inf))
+        hidden = mgpu.c(-math.inf, f32)
         registers = scores.registers.copy()
         for at, register in np.ndenumerate(registers):
             begin, end = (each[at[4]] for each in bounds)  # the thread's upper or lower row
@@ -750,7 +750,8 @@ def _store_rows(result, out_ref, token, head, low, high) -> None:
         index = ir.IndexType.get()
         token, head, low, high = (arith.index_cast(index, each.registers.item()) for each in scalars)
         firsts: dict[int, tuple] = {}
-        for (at, _), place in zip(np.ndenumerate(result.registers), result.layout.thread_idxs(result.shape), strict=True):
+        places = result.layout.thread_idxs(result.shape)
+        for at, place in zip(np.ndindex(result.registers.shape), places, strict=True):
             firsts.setdefault(at[4], place)
         for half, (row, column) in firsts.items():  # the thread's upper and lower row
             inside = arith.andi(
