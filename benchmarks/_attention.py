@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import functools
 import gc
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, get_args
@@ -128,6 +129,8 @@ class Outcome(NamedTuple):
     layers: int = 0
     """How many the program read."""
     error: str = ""
+    kv_bytes: float = 1.0
+    """Of K and V, as a share of those of bfloat16."""
 
 
 class _HasName(Protocol):
@@ -136,6 +139,9 @@ class _HasName(Protocol):
 
 
 _Named = TypeVar("_Named", bound=_HasName)
+
+Timer = Callable[[KVCacheManager, Work, Sequence[int], Sizes, float], Outcome]
+"""Times a way to read slots of a cache for so many seconds; free to raise."""
 
 Alternative = Callable[[Work, Sizes, float], Outcome]
 """Times another library for so many seconds; free to raise."""
@@ -280,19 +286,27 @@ def compare(
     arguments: argparse.Namespace,
     alternatives: Mapping[str, Alternative],
     rate: Callable[[Work, float], dict[str, float]],
+    *,
+    kv_dtypes: Sequence[str] = ("bfloat16",),
+    also: Mapping[str, Timer] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each of `works` and each implementation: this package's in each layout, and those of others.
 
     Args:
       rate: figures of a work that took so many seconds.
+      kv_dtypes: of the cache that this package reads.
+      also: other ways to read the bfloat16 cache.
     """
     sizes, seconds, names = checked(arguments)
     rows = []
     for work in works:
         ours: dict[str, Outcome] = {}
-        for layout in arguments.layouts:
-            found = time_ours(work, {"": slice(None)}, sizes, layout, names, seconds)
-            ours |= {f"jax_vattention {name}, {layout}": outcomes[""] for name, outcomes in found.items()}
+        for kv_dtype, layout in itertools.product(kv_dtypes, arguments.layouts):
+            plain = kv_dtype == "bfloat16"
+            extra = also if plain else None
+            found = time_ours(work, {"": slice(None)}, sizes, layout, names, seconds, kv_dtype=kv_dtype, also=extra)
+            what = layout if plain else f"{layout}, {kv_dtype}"
+            ours |= {f"jax_vattention {name}, {what}": outcomes[""] for name, outcomes in found.items()}
         others: dict[str, Outcome] = {}
         for name in arguments.against:
             others[name] = attempt(functools.partial(alternatives[name], work, sizes, seconds))
@@ -307,7 +321,8 @@ def _row(
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"shape": work.name, "implementation": name, "layers": outcome.layers, "note": outcome.error}
     if outcome.timing is not None:
-        row |= times(outcome.timing) | rate(work, outcome.timing.median)
+        # A rate counts bytes of bfloat16.
+        row |= times(outcome.timing) | rate(work, outcome.timing.median / outcome.kv_bytes)
         row["against_ours"] = None if first is None else outcome.timing.median / first
     return row
 
@@ -322,17 +337,27 @@ def say(work: str, name: str, outcome: Outcome) -> None:
 
 
 def time_ours(
-    work: Work, parts: Mapping[str, slice], sizes: Sizes, layout: Layout, names: Sequence[str], seconds: float
+    work: Work,
+    parts: Mapping[str, slice],
+    sizes: Sizes,
+    layout: Layout,
+    names: Sequence[str],
+    seconds: float,
+    *,
+    kv_dtype: str = "bfloat16",
+    also: Mapping[str, Timer] | None = None,
 ) -> dict[str, dict[str, Outcome]]:
     """Fills a cache for `work` and times calls of attention over parts of its requests, for each implementation."""
-    found: dict[str, dict[str, Outcome]] = {name: {} for name in names}
+    timers: dict[str, Timer] = {name: functools.partial(_time, name) for name in names}
+    timers |= also or {}
+    found: dict[str, dict[str, Outcome]] = {name: {} for name in timers}
 
     def fill_and_time() -> Outcome:
-        with manager_for(work, sizes, layout) as manager:
+        with manager_for(work, sizes, layout, kv_dtype) as manager:
             slots = fill(manager, work.kv_lens, sizes.layers)
-            for name in names:
+            for name, timer in timers.items():
                 for part, which in parts.items():
-                    action = functools.partial(_time, manager, work.part(which), slots[which], name, sizes, seconds)
+                    action = functools.partial(timer, manager, work.part(which), slots[which], sizes, seconds)
                     found[name][part] = attempt(action)
                     say(work.name, f"{name}, {layout} {part}".rstrip(), found[name][part])
         return Outcome(None)
@@ -349,7 +374,7 @@ def page_bytes() -> tuple[int, ...]:
     return (2 * _MIB, 8 * _MIB, 64 * _MIB) if jax.default_backend() == "gpu" else (2 * _MIB,)
 
 
-def manager_for(work: Work, sizes: Sizes, layout: Layout) -> KVCacheManager:
+def manager_for(work: Work, sizes: Sizes, layout: Layout, kv_dtype: str = "bfloat16") -> KVCacheManager:
     """Of a cache with room for `work`."""
     smallest, *large = page_bytes()
     spec = KVCacheSpec(
@@ -361,6 +386,7 @@ def manager_for(work: Work, sizes: Sizes, layout: Layout) -> KVCacheManager:
         page_bytes=smallest,
         large_page_bytes=tuple(large),
         layout=layout,
+        dtype=kv_dtype,
     )
     needed = sum(spec.pages_for(length) for length in work.kv_lens) * smallest
     # A large page may reach a little beyond the need.
@@ -408,17 +434,27 @@ def compiler_options() -> dict[str, Any] | None:
 
 
 def _time(
-    manager: KVCacheManager, work: Work, slots: Sequence[int], name: str, sizes: Sizes, seconds: float
+    name: str, manager: KVCacheManager, work: Work, slots: Sequence[int], sizes: Sizes, seconds: float
 ) -> Outcome:
+    return time_program(functools.partial(attend, implementation=name), manager, work, slots, sizes, seconds)
+
+
+def time_program(
+    attend: Callable[..., Any],
+    manager: KVCacheManager,
+    work: Work,
+    slots: Sequence[int],
+    sizes: Sizes,
+    seconds: float,
+) -> Outcome:
+    """Times `attend(queries, cache, batch, layers=)`, which is to be jitted, over slots that have been filled."""
     batch = work.batch(slots)
     queries = random_arrays(sizes.chained, (work.num_queries, sizes.num_q_heads, sizes.head_dim), seed=1)
-    program = jax.jit(
-        functools.partial(attend, layers=sizes.layers, implementation=name), compiler_options=compiler_options()
-    )
+    program = jax.jit(functools.partial(attend, layers=sizes.layers), compiler_options=compiler_options())
     cache = manager.step({})
     timing = back_to_back(lambda: program(queries, cache, batch), jax.block_until_ready, seconds=seconds)
     manager.finish(program(queries, cache, batch)[1])
-    return Outcome(timing.divided(sizes.chained), sizes.chained)
+    return Outcome(timing.divided(sizes.chained), sizes.chained, kv_bytes=cache.spec.dtype.itemsize / 2)
 
 
 def attend(

@@ -6,14 +6,23 @@ Such attention does little but read K and V once, so its speed is given in bytes
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _alternatives, _attention, _ceilings, _machine
-from benchmarks._attention import Alternative, Work
+from benchmarks._attention import Alternative, Outcome, Timer, Work
 from benchmarks._replay import Trace
 from benchmarks._report import Column, Report, Table
+from jax_vattention import KVCache, KVCacheManager, RaggedBatch
+from jax_vattention.attention import mosaic_decode
+from jax_vattention.attention.decode_split import GRAIN
+from jax_vattention.attention.features import Features
 
 _TRACE = Path(__file__).parent / "traces" / "azure_llm_2023_conv_sample.csv"
 _SEED = 0
@@ -51,6 +60,37 @@ def _one_long(requests: int, long: int, short: int) -> Work:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _attention.add_arguments(parser, tuple(_ALTERNATIVES))
+    parser.add_argument(
+        "--kv-dtypes", nargs="+", choices=("bfloat16", "float8_e4m3fn"), default=["bfloat16", "float8_e4m3fn"],
+        help="of the cache that this package reads (default: both)",
+    )  # fmt: skip
+    parser.add_argument("--paged", action="store_true", help="the Hopper kernel through a block table too")
+
+
+def attend_paged(
+    queries: Sequence[jax.Array], cache: KVCache, batch: RaggedBatch, *, layers: Sequence[int], lengths: Sequence[int]
+) -> tuple[list[jax.Array], jax.Array]:
+    """As `_attention.attend`, with the Hopper kernel and a block table: the whole pages of each request in no order."""
+    random = np.random.default_rng(0)
+    table = np.tile(np.arange(-(-max(lengths) // GRAIN), dtype=np.int32), (len(lengths), 1))
+    for row, length in zip(table, lengths, strict=True):
+        random.shuffle(row[: length // GRAIN])
+    results: list[jax.Array] = []
+    order = cache.order
+    for layer, q in zip(layers, queries, strict=True):
+        q, view = _attention.after(q, results), cache.layer_view(layer)
+        scale = q.shape[-1] ** -0.5
+        out, order = mosaic_decode.run(q, view, order, batch, Features(), scale=scale, page_table=jnp.asarray(table))
+        results.append(out)
+    return results, order
+
+
+def _time_paged(manager: KVCacheManager, work: Work, *rest: Any) -> Outcome:
+    attend = functools.partial(attend_paged, lengths=work.kv_lens)
+    return _attention.time_program(attend, manager, work, *rest)
+
+
+_ALSO: dict[str, Timer] = {f"mosaic through a block table of {GRAIN} tokens": _time_paged}
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -64,7 +104,9 @@ def run(arguments: argparse.Namespace) -> Report:
         gbps = work.num_keys * sizes.token_bytes / seconds / 1e9
         return {"gbps": gbps, "of_copy": gbps / copy, "keys": work.num_keys, "longest": max(work.kv_lens)}
 
-    rows = _attention.compare(selected, arguments, _ALTERNATIVES, rate)
+    rows = _attention.compare(
+        selected, arguments, _ALTERNATIVES, rate, kv_dtypes=arguments.kv_dtypes, also=_ALSO if arguments.paged else None
+    )
     tables = (_ceilings.table(ceilings), Table("Attention of a decode step", _COLUMNS, tuple(rows)))
     return _attention.report("decode", arguments, tables, _NOTES, others)
 
@@ -81,6 +123,8 @@ _COLUMNS = (
 _NOTES = (
     "GB/s: K and V of every request's keys, read once. of copy: as a share of the fastest copy above, whose bytes are "
     "counted as they are read and as they are written.",
+    "float8_e4m3fn: K and V in half the bytes, which GB/s counts. through a block table: the same kernel finds every "
+    "16 tokens of a request where a table says, in no order within its slot, as a paged cache has them.",
     "ours: the first jax_vattention row of a shape that ran; attention() tries them in that order.",
     f"of the trace: prompt and part of the answer of requests of {_TRACE.name}, drawn with seed {_SEED}.",
     "cudnn: jax.nn.dot_product_attention with lengths as operands. torch: scaled_dot_product_attention with the "

@@ -44,6 +44,7 @@ def interpreter():
         ([130, 60, 9], {"queries": [3, 3, 3], "prefix": [129, 0, 5], "blocks": 3}),
         ([220, 33], {"queries": [4, 1], "window": 50}),
         ([130, 0, 33], {"dtype": "float8_e4m3fn"}),
+        ([130, 40], {"paged": True}),
         ([0, 0], {}),
     ],
     ids=str,
@@ -66,7 +67,11 @@ def test_in_the_interpreter(lengths, options):
         first = 0 if window is None else max(0, lengths[slot] - q_lens[slot] - window + 1)
         kv[:first] = np.nan
         seen[slot] = first // 8 * 8 + (window or 0) - 1
-    cache = plain_cache(spec, contents, seen, scales)
+    placed, table = contents, None
+    if options.get("paged"):
+        table = np.stack([rng.permutation(704 // 16) for _ in lengths])
+        placed = {slot: _shuffled(kv, table[slot]) for slot, kv in contents.items()}
+    cache = plain_cache(spec, placed, seen, scales)
     tokens = sum(q_lens) + 2
     q = jnp.asarray(rng.standard_normal((tokens, heads * group, dim)), suite.wide_dtype(spec))
     batch = suite.make_batch(range(requests), q_lens, lengths, max_q_len=max(1, *q_lens))
@@ -81,6 +86,7 @@ def test_in_the_interpreter(lengths, options):
         features,
         scale=dim**-0.5,
         tiling=mosaic_decode.Tiling(blocks=options["blocks"], streams=options.get("streams", 1)),
+        page_table=None if table is None else jnp.asarray(table, jnp.int32),
         interpret=params,
         interpret_tables=True,
     )
@@ -103,6 +109,14 @@ def test_in_the_interpreter(lengths, options):
         )
         np.testing.assert_allclose(out[at : at + count], expected, atol=1e-2, rtol=1e-2)
         at += count
+
+
+def _shuffled(kv, pages):
+    """`[tokens, ...]` with its token `16 * i + j` at `16 * pages[i] + j`, and NaN elsewhere."""
+    placed = np.full((len(pages) * 16, *kv.shape[1:]), np.nan, np.float32)
+    tokens = np.arange(len(kv))
+    placed[pages[tokens // 16] * 16 + tokens % 16] = kv
+    return placed
 
 
 def test_what_is_not_served_is_said_and_the_next_one_taken():

@@ -192,7 +192,8 @@ def test_decode_compares_every_implementation_on_every_shape(tmp_path):
     assert all(failed(row) or finite(row, "gbps", *TIMES) for row in copies)
     assert finite(copies[0], "gbps")
     rows = tables["Attention of a decode step"]
-    ours = ["jax_vattention reference, token_major", "jax_vattention reference, layer_major"]
+    layouts = ["jax_vattention reference, token_major", "jax_vattention reference, layer_major"]
+    ours = [*layouts, *(f"{name}, float8_e4m3fn" for name in layouts)]
     expected = [(shape, name) for shape in shapes for name in (*ours, "cudnn", "torch", "flashinfer")]
     assert [(row["shape"], row["implementation"]) for row in rows] == expected
     for row in rows:

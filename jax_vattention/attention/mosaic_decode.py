@@ -74,6 +74,8 @@ class _Shape:
     prefixes: bool
     quantized: bool
     """K and V are float8: they are multiplied as float16, which holds all of their values."""
+    paged: bool
+    """See `run`."""
     column_stride: int
     """Columns of a token's row in a view from one layer to the next: a column is one head of K or of V."""
     v_column: int
@@ -112,6 +114,11 @@ class _Shape:
             )
             q = q.swapaxes(1, 2).reshape(-1, self.queries * self.group, self.head_dim)
         return jnp.pad(q, ((0, 0), (0, self.rows - q.shape[1]), (0, 0)))
+
+    @property
+    def copies(self) -> int:
+        """That a whole tile of K or V takes."""
+        return self.tiling.block_k // GRAIN if self.paged else 1
 
     @property
     def out_columns(self) -> int:
@@ -161,10 +168,16 @@ def run(
     *,
     scale: float,
     tiling: Tiling | None = None,
+    page_table: jax.Array | None = None,
     interpret: Any = False,
     interpret_tables: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `attention`; returns `(out, order)`."""
+    """See `attention`; returns `(out, order)`.
+
+    Args:
+      page_table: int32 `[requests, pages]`: where in its slot each `GRAIN` tokens of a request are, in as many tokens.
+        Only to measure what the indirection of a paged cache costs (`benchmarks/decode.py`): ours needs none.
+    """
     num_kv_heads = view.num_kv_heads
     interleaved = view.v is None
     shape = _Shape(
@@ -178,6 +191,7 @@ def run(
         window=view.window,
         prefixes=features.prefix_lens is not None,
         quantized=view.scale_table is not None,
+        paged=page_table is not None,
         column_stride=2 * num_kv_heads if interleaved else 0,
         v_column=num_kv_heads if interleaved else 0,
     )
@@ -188,6 +202,7 @@ def run(
     )
     segments = batch.num_requests * num_kv_heads + shape.streams
     queries = q.astype(jnp.float16) if shape.quantized else q
+    pages = jnp.zeros((1, 1), jnp.int32) if page_table is None else page_table
     scales = jnp.ones(1, jnp.float32) if view.scale_table is None else view.scale_table.reshape(-1)
     parts, lse = plgpu.kernel(
         functools.partial(_decode, shape=shape),
@@ -203,7 +218,17 @@ def run(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
         kernel_name="attention_decode",
-    )(shape.query_tiles(queries, batch), k, v, split.requests, split.streams, view.layer.reshape(1), scales, order)
+    )(
+        shape.query_tiles(queries, batch),
+        k,
+        v,
+        split.requests,
+        split.streams,
+        pages,
+        view.layer.reshape(1),
+        scales,
+        order,
+    )
     return tables.join(
         parts, lse, split, q, order, features, heads=num_kv_heads, first_row=shape.first_row, interpret=interpret_tables
     )
@@ -228,8 +253,8 @@ def _scratch(shape: _Shape, dtype: Any, kv_dtype: Any) -> dict[str, Any]:
         "out_smem": tiles(ROWS, shape.out_columns, dtype=jnp.float32),
         "lse_smem": plgpu.SMEM((streams, ROWS), jnp.float32),
         "q_ready": plgpu.Barrier(num_barriers=2 * streams),
-        "k_ready": plgpu.Barrier(num_barriers=many),
-        "v_ready": plgpu.Barrier(num_barriers=many),
+        "k_ready": plgpu.Barrier(num_arrivals=shape.copies, num_barriers=many),
+        "v_ready": plgpu.Barrier(num_arrivals=shape.copies, num_barriers=many),
         "k_tail_ready": plgpu.Barrier(num_arrivals=block_k // _BOX, num_barriers=many),
         "v_tail_ready": plgpu.Barrier(num_arrivals=block_k // _BOX, num_barriers=many),
         "k_free": plgpu.Barrier(num_barriers=many),
@@ -238,7 +263,20 @@ def _scratch(shape: _Shape, dtype: Any, kv_dtype: Any) -> dict[str, Any]:
 
 
 def _decode(
-    q_ref, k_ref, v_ref, requests, streams, layer_ref, scales, order, parts_ref, lse_ref, *, shape: _Shape, **scratch
+    q_ref,
+    k_ref,
+    v_ref,
+    requests,
+    streams,
+    pages,
+    layer_ref,
+    scales,
+    order,
+    parts_ref,
+    lse_ref,
+    *,
+    shape: _Shape,
+    **scratch,
 ):
     """One block; `decode_split.Split` has the tables, `_scratch` the rest.
 
@@ -258,7 +296,7 @@ def _decode(
     def _():
         if count > 1:  # as one stream's two warpgroups each have all the registers that a thread can have
             plgpu.set_max_registers(40, action="decrease")
-        _copy(work, layer_ref[0] * shape.column_stride, k_ref, v_ref, **scratch)
+        _copy(work, layer_ref[0] * shape.column_stride, k_ref, v_ref, pages, **scratch)
 
     @pl.when(warpgroup < count)
     def _():
@@ -347,6 +385,7 @@ def _copy(
     layer,
     k_ref,
     v_ref,
+    pages,
     *,
     k_smem,
     v_smem,
@@ -365,6 +404,12 @@ def _copy(
         (v_ref, v_smem, v_ready, v_tail_ready, v_free),
     )
 
+    def place(piece: _Piece, token):
+        """Where in its slot a token is."""
+        if not work.shape.paged:
+            return token
+        return pages[piece.request, lax.div(token, GRAIN)] * GRAIN + lax.rem(token, GRAIN)
+
     def piece(piece: _Piece, count):
         base = pl.multiple_of(piece.of.row, _BOX)
         columns = layer + piece.head, layer + piece.head + work.shape.v_column
@@ -381,12 +426,15 @@ def _copy(
                     plgpu.barrier_wait(free.at[barrier])
 
                 if not tail:
-                    rows = pl.ds(pl.multiple_of(base + token, _BOX), block_k)
-                    plgpu.copy_gmem_to_smem(ref.at[rows, column], smem.at[work.local, stage], ready.at[barrier])
+                    size = block_k // work.shape.copies
+                    for part in range(0, block_k, size):
+                        rows = pl.ds(pl.multiple_of(base + place(piece, token + part), _BOX), size)
+                        target = smem.at[work.local, stage, pl.ds(part, size)]
+                        plgpu.copy_gmem_to_smem(ref.at[rows, column], target, ready.at[barrier])
                     continue
                 for box in range(0, block_k, _BOX):
                     begin = jnp.where(token + box < piece.end, token + box, token)
-                    rows = pl.ds(pl.multiple_of(base + begin, _BOX), _BOX)
+                    rows = pl.ds(pl.multiple_of(base + place(piece, begin), _BOX), _BOX)
                     target = smem.at[work.local, stage, pl.ds(box, _BOX)]
                     plgpu.copy_gmem_to_smem(ref.at[rows, column], target, tail_ready.at[barrier])
             return count + 1
