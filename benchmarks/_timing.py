@@ -74,8 +74,8 @@ def back_to_back(
 ) -> Timing:
     """Times work that a device does while the host goes on.
 
-    A measurement is the difference between several launches with one wait and one launch with one wait, divided by
-    the launches more: what the host takes before the device begins and after it has ended, up to a millisecond with
+    A measurement is the difference between several launches with one wait and the fastest launch with one wait, divided
+    by the launches more: what the host takes before the device begins and after it has ended, up to a millisecond with
     large programs, is in both. While one runs the host launches the next, so what launching takes is hidden as it is in
     a serving loop. Their number adapts to the work.
 
@@ -100,8 +100,8 @@ def back_to_back(
         best = min(best, elapsed(1))
     launches = max(2, min(most_launches, round(_SAMPLE_SECONDS / best)))
     count = max(fewest, min(most, round(seconds / (best * (launches + 1)))))
-    samples = [((elapsed(launches) - once) / (launches - 1)) for once in (elapsed(1) for _ in range(count))]
-    return Timing.of(samples)
+    single, several = zip(*((elapsed(1), elapsed(launches)) for _ in range(count)), strict=True)
+    return Timing.of((each - min(best, *single)) / (launches - 1) for each in several)
 
 
 def interleave(actions: Sequence[Callable[[], Any]], repeats: int, *, warmup: int = 1) -> list[list[Any]]:
