@@ -51,11 +51,7 @@ class Tiling:
     blocks: int = _BLOCKS
 
 
-def default_tiling(head_dim: int, quantized: bool) -> Tiling:
-    """What fits in shared memory."""
-    if quantized:
-        return Tiling() if head_dim <= 128 else Tiling(streams=1)
-    return Tiling() if head_dim <= 128 else Tiling(streams=1)
+_TILING = Tiling()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +163,7 @@ def run(
     features: Features,
     *,
     scale: float,
-    tiling: Tiling | None = None,
+    tiling: Tiling = _TILING,
     page_table: jax.Array | None = None,
     interpret: Any = False,
     interpret_tables: bool = False,
@@ -185,7 +181,7 @@ def run(
         group=q.shape[1] // num_kv_heads,
         head_dim=q.shape[2],
         queries=batch.max_q_len,
-        tiling=tiling or default_tiling(q.shape[2], view.scale_table is not None),
+        tiling=tiling,
         scale=scale,
         soft_cap=features.soft_cap,
         window=view.window,
