@@ -396,11 +396,13 @@ def test_alternatives_that_are_missing_or_too_large_say_so():
     def missing():
         raise ModuleNotFoundError("No module named 'fast|attention'\nmore")
 
-    assert _attention.attempt(missing) == (None, 0, "ModuleNotFoundError: No module named 'fast/attention'")
+    message = "ModuleNotFoundError: No module named 'fast/attention'"
+    assert _attention.attempt(missing) == _attention.Outcome(None, error=message)
     sizes = _attention.SIZES["llama-3-8b"]
     [padded] = [work for work in decode.works("llama-3-8b") if work.name == "131072 beside 63x1024"]
     outcome = _attention.attempt(lambda: _alternatives.cudnn(padded, sizes, 0.01))
-    assert outcome == (None, 0, "BenchmarkError: K and V padded to the longest request take 32 GiB a layer")
+    message = "BenchmarkError: K and V padded to the longest request take 32 GiB a layer"
+    assert outcome == _attention.Outcome(None, error=message)
 
 
 def test_alternatives_compute_the_same_attention_as_ours():
