@@ -25,17 +25,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_vattention.attention import decode_split as tables
 from jax_vattention.attention.decode_split import GRAIN
 from jax_vattention.attention.features import Features
+from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
-from jax_vattention.spec import KV_TAIL_TOKENS
 
 _LOG2_E = math.log2(math.e)
-ROWS = 64
-"""Of a `wgmma`: the query heads are the first of them, the rest is padding."""
-_BOX = KV_TAIL_TOKENS
-"""Tokens of the smallest copy: rows of a swizzled tile in shared memory."""
-_BLOCKS = 132
-"""Multiprocessors of an H100 or H200; a block fills one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +42,7 @@ class Tiling:
     """Tiles of a stream that are in flight or being read."""
     streams: int = 1
     """Of a block."""
-    blocks: int = _BLOCKS
+    blocks: int = BLOCKS
 
 
 _TILING = Tiling()
@@ -72,21 +66,20 @@ class _Shape:
     """K and V are float8: they are multiplied as float16, which holds all of their values."""
     paged: bool
     """See `run`."""
-    column_stride: int
-    """Columns of a token's row in a view from one layer to the next: a column is one head of K or of V."""
+    layer_stride: int
+    """See `Columns`, as for `v_column`."""
     v_column: int
-    """Where V of a layer begins, in columns from its K; 0 where V is an array of its own."""
 
     @property
     def rows(self) -> int:
         """Rows of the query tile that are copied."""
-        return -(-self.queries * self.group // _BOX) * _BOX
+        return -(-self.queries * self.group // BOX) * BOX
 
     @property
     def sharing(self) -> int:
         """KV heads whose query heads are neighbours in one query tile; each uses rows of its own."""
-        fits = self.queries == 1 and _BOX % self.group == 0 and self.num_kv_heads * self.group % _BOX == 0
-        return _BOX // self.group if fits else 1
+        fits = self.queries == 1 and BOX % self.group == 0 and self.num_kv_heads * self.group % BOX == 0
+        return BOX // self.group if fits else 1
 
     def query_tile(self, request: jax.Array, token: jax.Array, head: jax.Array) -> jax.Array:
         """Which of `query_tiles` holds the query heads of a KV head."""
@@ -137,17 +130,14 @@ class _Shape:
 
 
 def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
-    """What it does not serve of these arguments; None if it serves them."""
+    """What it does not serve of what `mosaic_view.refusal` lets pass; None if it serves these arguments."""
     del features  # all of them
     group, head_dim = q.shape[1] // view.num_kv_heads, q.shape[2]
     slots, slot_tokens = view.k.shape[:2]
     for refused, what in (
-        (q.dtype not in (jnp.bfloat16, jnp.float16), f"queries of {q.dtype}"),
         (view.k.dtype not in (q.dtype, jnp.float8_e4m3fn), f"{q.dtype} queries of a {view.k.dtype} cache"),
         (head_dim not in (64, 96, 128, 192, 256), f"head_dim {head_dim}"),
         (group * batch.max_q_len > ROWS, f"{batch.max_q_len} queries of {group} query heads for a KV head"),
-        (slot_tokens % _BOX, f"slots of {slot_tokens} tokens"),
-        (slots * slot_tokens >= 2**31, f"{slots} slots of {slot_tokens} tokens"),
         (slots * slot_tokens // GRAIN * view.num_kv_heads >= 2**31, f"{slots} slots of {slot_tokens} tokens"),
     ):
         if refused:
@@ -175,7 +165,7 @@ def run(
         Only to measure what the indirection of a paged cache costs (`benchmarks/decode.py`): ours needs none.
     """
     num_kv_heads = view.num_kv_heads
-    interleaved = view.v is None
+    columns = Columns.of(view)
     shape = _Shape(
         num_kv_heads=num_kv_heads,
         group=q.shape[1] // num_kv_heads,
@@ -188,11 +178,9 @@ def run(
         prefixes=features.prefix_lens is not None,
         quantized=view.scale_table is not None,
         paged=page_table is not None,
-        column_stride=2 * num_kv_heads if interleaved else 0,
-        v_column=num_kv_heads if interleaved else 0,
+        layer_stride=columns.layer_stride,
+        v_column=columns.v_column,
     )
-    # Rows of tokens, and in each a column for every head: a view of the same memory.
-    k, v = (each.reshape(view.k.shape[0] * view.k.shape[1], -1, shape.head_dim) for each in view.views)
     split = tables.split(
         batch, view, features, tokens=q.shape[0], heads=num_kv_heads, streams=shape.streams, interpret=interpret_tables
     )
@@ -216,8 +204,8 @@ def run(
         kernel_name="attention_decode",
     )(
         shape.query_tiles(queries, batch),
-        k,
-        v,
+        columns.k,
+        columns.v,
         split.requests,
         split.streams,
         pages,
@@ -237,7 +225,7 @@ def _scratch(shape: _Shape, dtype: Any, kv_dtype: Any) -> dict[str, Any]:
     def tiles(*sizes: int, dtype: Any = dtype):
         swizzle = math.gcd(sizes[-1] * jnp.dtype(dtype).itemsize, 128)
         width = swizzle // jnp.dtype(dtype).itemsize
-        transforms = (plgpu.TilingTransform((_BOX, width)), plgpu.SwizzleTransform(swizzle))
+        transforms = (plgpu.TilingTransform((BOX, width)), plgpu.SwizzleTransform(swizzle))
         return plgpu.SMEM((streams, *sizes), dtype, transforms=transforms)
 
     many = streams * stages
@@ -251,8 +239,8 @@ def _scratch(shape: _Shape, dtype: Any, kv_dtype: Any) -> dict[str, Any]:
         "q_ready": plgpu.Barrier(num_barriers=2 * streams),
         "k_ready": plgpu.Barrier(num_arrivals=shape.copies, num_barriers=many),
         "v_ready": plgpu.Barrier(num_arrivals=shape.copies, num_barriers=many),
-        "k_tail_ready": plgpu.Barrier(num_arrivals=block_k // _BOX, num_barriers=many),
-        "v_tail_ready": plgpu.Barrier(num_arrivals=block_k // _BOX, num_barriers=many),
+        "k_tail_ready": plgpu.Barrier(num_arrivals=block_k // BOX, num_barriers=many),
+        "v_tail_ready": plgpu.Barrier(num_arrivals=block_k // BOX, num_barriers=many),
         "k_free": plgpu.Barrier(num_barriers=many),
         "v_free": plgpu.Barrier(num_barriers=many),
     }
@@ -278,7 +266,7 @@ def _decode(
 
     Args:
       q_ref: see `_Shape.query_tiles`.
-      k_ref, v_ref: `[slots * slot_tokens, columns, head_dim]`.
+      k_ref, v_ref: see `Columns`.
       scales: of each layer those of each head of K, then of V; used if they are float8.
       order: not used here: to have it makes the read come after the append that returned it.
       parts_ref, lse_ref: see `decode_split.join`.
@@ -292,7 +280,7 @@ def _decode(
     def _():
         if count > 1:  # as one stream's two warpgroups each have all the registers that a thread can have
             plgpu.set_max_registers(40, action="decrease")
-        _copy(work, layer_ref[0] * shape.column_stride, k_ref, v_ref, pages, **scratch)
+        _copy(work, layer_ref[0] * shape.layer_stride, k_ref, v_ref, pages, **scratch)
 
     @pl.when(warpgroup < count)
     def _():
@@ -407,7 +395,7 @@ def _copy(
         return pages[piece.request, lax.div(token, GRAIN)] * GRAIN + lax.rem(token, GRAIN)
 
     def piece(piece: _Piece, count):
-        base = pl.multiple_of(piece.of.row, _BOX)
+        base = pl.multiple_of(piece.of.row, BOX)
         columns = layer + piece.head, layer + piece.head + work.shape.v_column
 
         def tile(tile, count, *, tail: bool):
@@ -424,14 +412,14 @@ def _copy(
                 if not tail:
                     size = block_k // work.shape.copies
                     for part in range(0, block_k, size):
-                        rows = pl.ds(pl.multiple_of(base + place(piece, token + part), _BOX), size)
+                        rows = pl.ds(pl.multiple_of(base + place(piece, token + part), BOX), size)
                         target = smem.at[work.local, stage, pl.ds(part, size)]
                         plgpu.copy_gmem_to_smem(ref.at[rows, column], target, ready.at[barrier])
                     continue
-                for box in range(0, block_k, _BOX):
+                for box in range(0, block_k, BOX):
                     begin = jnp.where(token + box < piece.end, token + box, token)
-                    rows = pl.ds(pl.multiple_of(base + place(piece, begin), _BOX), _BOX)
-                    target = smem.at[work.local, stage, pl.ds(box, _BOX)]
+                    rows = pl.ds(pl.multiple_of(base + place(piece, begin), BOX), BOX)
+                    target = smem.at[work.local, stage, pl.ds(box, BOX)]
                     plgpu.copy_gmem_to_smem(ref.at[rows, column], target, tail_ready.at[barrier])
             return count + 1
 
@@ -632,7 +620,7 @@ def _clear_unseen(v, piece: _Piece, first) -> None:
     block_k = v.shape[0]
     # In a piece that ends within the request all boxes are of its tokens.
     outside = jnp.logical_or(
-        jnp.logical_and(first + block_k > piece.end, lax.rem(piece.end, _BOX) != 0), first < piece.of.lower
+        jnp.logical_and(first + block_k > piece.end, lax.rem(piece.end, BOX) != 0), first < piece.of.lower
     )
 
     @pl.when(outside)

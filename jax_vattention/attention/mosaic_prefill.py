@@ -30,21 +30,15 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention.features import Features
+from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
-from jax_vattention.spec import KV_TAIL_TOKENS
 
 _LOG2_E = math.log2(math.e)
-_ROWS = 64
-"""Of a `wgmma`."""
 _CONSUMERS = 2
 """Warpgroups of a block that multiply."""
-_BLOCK_Q = _ROWS * _CONSUMERS
+_BLOCK_Q = ROWS * _CONSUMERS
 """Queries of a tile."""
-_BOX = KV_TAIL_TOKENS
-"""Tokens of the smallest copy: rows of a swizzled tile in shared memory."""
-_BLOCKS = 132
-"""Multiprocessors of an H100 or H200; a block fills one."""
 _FIELDS = 32
 """int32 of a row of the schedule: copies take a multiple of 128 bytes."""
 _NOTHING = -1e30
@@ -69,7 +63,7 @@ class Tiling:
     """The softmax of a tile overlaps with the product with V of the one before it. Slower so far: see NOTES.md."""
     registers: tuple[int, int] = (40, 232)
     """Of a thread that copies, and of one that multiplies."""
-    blocks: int = _BLOCKS
+    blocks: int = BLOCKS
 
 
 _TILING = Tiling()
@@ -89,10 +83,9 @@ class _Shape:
     soft_cap: float | None
     window: int | None
     interpreted: bool
-    column_stride: int
-    """Columns of a token's row in a view from one layer to the next: a column is one head of K or of V."""
+    layer_stride: int
+    """See `Columns`, as for `v_column`."""
     v_column: int
-    """Where V of a layer begins, in columns from its K; 0 where V is an array of its own."""
 
     @property
     def zero_heads(self) -> int:
@@ -101,15 +94,11 @@ class _Shape:
 
 
 def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
-    """What it does not serve of these arguments; None if it serves them."""
+    """What it does not serve of what `mosaic_view.refusal` lets pass; None if it serves these arguments."""
     del batch, features  # all of them
-    slots, slot_tokens = view.k.shape[:2]
     for refused, what in (
-        (q.dtype not in (jnp.bfloat16, jnp.float16), f"queries of {q.dtype}"),
         (q.dtype != view.k.dtype, f"{q.dtype} queries of a {view.k.dtype} cache, where requests have many queries"),
         (q.shape[2] not in (64, 128), f"head_dim {q.shape[2]}, where requests have many queries"),
-        (slot_tokens % _BOX, f"slots of {slot_tokens} tokens"),
-        (slots * slot_tokens >= 2**31, f"{slots} slots of {slot_tokens} tokens"),
     ):
         if refused:
             return what
@@ -129,9 +118,9 @@ def run(
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`."""
     tokens, num_q_heads, head_dim = q.shape
-    interleaved = view.v is None
+    columns = Columns.of(view)
     # Every tile of queries lies within the array.
-    padded = max(-(-tokens // _BOX) * _BOX, _BLOCK_Q)
+    padded = max(-(-tokens // BOX) * BOX, _BLOCK_Q)
     shape = _Shape(
         num_q_heads=num_q_heads,
         group=num_q_heads // view.num_kv_heads,
@@ -142,13 +131,10 @@ def run(
         soft_cap=features.soft_cap,
         window=view.window,
         interpreted=bool(interpret),
-        column_stride=2 * view.num_kv_heads if interleaved else 0,
-        v_column=view.num_kv_heads if interleaved else 0,
+        layer_stride=columns.layer_stride,
+        v_column=columns.v_column,
     )
-    slot_tokens = view.k.shape[1]
-    # Rows of tokens, and in each a column for every head: a view of the same memory.
-    k, v = (each.reshape(view.k.shape[0] * slot_tokens, -1, head_dim) for each in view.views)
-    schedule = _schedule(batch, view, features, shape, tokens, slot_tokens)
+    schedule = _schedule(batch, view, features, shape, tokens, view.k.shape[1])
     sinks = () if features.sinks is None else (features.sinks,)
     out, order = plgpu.kernel(
         functools.partial(_prefill, shape=shape, has_sinks=bool(sinks)),
@@ -164,7 +150,15 @@ def run(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
         kernel_name="attention_prefill",
-    )(jnp.pad(q, ((0, padded - tokens), (0, 0), (0, 0))), k, v, *schedule, view.layer.reshape(1), order, *sinks)
+    )(
+        jnp.pad(q, ((0, padded - tokens), (0, 0), (0, 0))),
+        columns.k,
+        columns.v,
+        *schedule,
+        view.layer.reshape(1),
+        order,
+        *sinks,
+    )
     return out[:tokens], order
 
 
@@ -212,13 +206,13 @@ def _schedule(
     q_lens = jnp.where(batch.kv_lens > firsts, batch.q_lens, 0)
     starts, stops = batch.q_starts, batch.q_starts + q_lens
     # Tiles begin with a multiple of a box too.
-    counts = jnp.where(q_lens > 0, (starts % _BOX + q_lens + _BLOCK_Q - 1) // _BLOCK_Q, 0)
+    counts = jnp.where(q_lens > 0, (starts % BOX + q_lens + _BLOCK_Q - 1) // _BLOCK_Q, 0)
     ends = jnp.cumsum(counts)
-    most = (tokens + (_BLOCK_Q + _BOX - 2) * batch.num_requests) // _BLOCK_Q
+    most = (tokens + (_BLOCK_Q + BOX - 2) * batch.num_requests) // _BLOCK_Q
     tile = jnp.arange(most, dtype=jnp.int32)
     r = jnp.searchsorted(ends, tile, side="right", method="compare_all").astype(jnp.int32)
     r = jnp.minimum(r, batch.num_requests - 1)
-    begin_token = starts[r] // _BOX * _BOX + (tile - ends[r] + counts[r]) * _BLOCK_Q
+    begin_token = starts[r] // BOX * BOX + (tile - ends[r] + counts[r]) * _BLOCK_Q
     token = jnp.clip(begin_token, 0, shape.tokens - _BLOCK_Q)
     low = jnp.maximum(begin_token, starts[r]) - token
     high = jnp.minimum(begin_token + _BLOCK_Q, stops[r]) - token
@@ -227,7 +221,7 @@ def _schedule(
     prefix = jnp.zeros_like(r) if features.prefix_lens is None else features.prefix_lens[r]
     begin = jnp.zeros_like(r)
     if view.window is not None:
-        begin = jnp.maximum(jnp.maximum(position + low - view.window + 1, 0) // _BOX * _BOX, firsts[r])
+        begin = jnp.maximum(jnp.maximum(position + low - view.window + 1, 0) // BOX * BOX, firsts[r])
     end = jnp.clip(jnp.maximum(position + high, prefix), begin + 1, kv_len)
     used = tile < ends[-1]
     blocks = jnp.where(used, (end - begin + shape.tiling.block_k - 1) // shape.tiling.block_k, 0)
@@ -239,7 +233,7 @@ def _schedule(
 
 
 def _up(tokens: jax.Array) -> jax.Array:
-    return (tokens + _BOX - 1) // _BOX * _BOX
+    return (tokens + BOX - 1) // BOX * BOX
 
 
 def _longest_first(lengths: jax.Array) -> jax.Array:
@@ -267,7 +261,7 @@ def _gaps(starts: jax.Array, stops: jax.Array, tokens: int) -> tuple[jax.Array, 
 def _scratch(shape: _Shape, dtype: Any) -> dict[str, Any]:
     """Shared memory of a block."""
     width = 128 // jnp.dtype(dtype).itemsize
-    transforms = (plgpu.TilingTransform((_BOX, width)), plgpu.SwizzleTransform(128))
+    transforms = (plgpu.TilingTransform((BOX, width)), plgpu.SwizzleTransform(128))
     tiling, dim = shape.tiling, shape.head_dim
 
     def tiles(*sizes: int):
@@ -284,7 +278,7 @@ def _scratch(shape: _Shape, dtype: Any) -> dict[str, Any]:
         "q_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.q_stages),
         "k_ready": plgpu.Barrier(num_barriers=tiling.stages),
         "v_ready": plgpu.Barrier(num_barriers=tiling.stages),
-        "tail_ready": plgpu.Barrier(num_arrivals=tiling.block_k // _BOX, num_barriers=2),
+        "tail_ready": plgpu.Barrier(num_arrivals=tiling.block_k // BOX, num_barriers=2),
         "k_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
         "v_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
         "turn": plgpu.Barrier(num_barriers=_CONSUMERS),
@@ -297,7 +291,7 @@ def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, 
 
     Args:
       q_ref: `[tokens, num_q_heads, head_dim]`.
-      k_ref, v_ref: `[slots * slot_tokens, columns, head_dim]`.
+      k_ref, v_ref: see `Columns`.
       tiles, gaps, counts: see `_Schedule`.
       layer_ref: int32 `[1]`.
       order: int32 `[4]`: to have it makes the read come after the append that returned it.
@@ -306,7 +300,7 @@ def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, 
     *sinks, out_ref, order_out = refs
     warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
     work = _Work(tiles, counts[0] * shape.num_q_heads, block, shape)
-    layer = layer_ref[0] * shape.column_stride
+    layer = layer_ref[0] * shape.layer_stride
 
     @pl.when(warpgroup == _CONSUMERS)
     def _():
@@ -371,7 +365,7 @@ def _copy(
         def _():
             plgpu.barrier_wait(q_free.at[stage])
 
-        queries = pl.ds(pl.multiple_of(tile.token, _BOX), _BLOCK_Q)
+        queries = pl.ds(pl.multiple_of(tile.token, BOX), _BLOCK_Q)
         plgpu.copy_gmem_to_smem(work.tiles.at[index], tile_smem.at[stage], q_ready.at[stage])
         plgpu.copy_gmem_to_smem(q_ref.at[queries, head], q_smem.at[stage], q_ready.at[stage])
 
@@ -391,7 +385,7 @@ def _copy(
             key = tile.begin + (tile.blocks - 1 - t) * block_k
 
             def whole():
-                rows = pl.ds(pl.multiple_of(tile.row + key, _BOX), block_k)
+                rows = pl.ds(pl.multiple_of(tile.row + key, BOX), block_k)
                 plgpu.copy_gmem_to_smem(ref.at[rows, column], smem.at[stage], ready.at[stage])
 
             if not last:
@@ -401,10 +395,10 @@ def _copy(
 
             @pl.when(key + block_k > tile.kv_len)
             def _():
-                for box in range(0, block_k, _BOX):
+                for box in range(0, block_k, BOX):
                     begin = jnp.where(key + box < tile.kv_len, key + box, key)
-                    rows = pl.ds(pl.multiple_of(tile.row + begin, _BOX), _BOX)
-                    plgpu.copy_gmem_to_smem(ref.at[rows, column], smem.at[stage, pl.ds(box, _BOX)], tail)
+                    rows = pl.ds(pl.multiple_of(tile.row + begin, BOX), BOX)
+                    plgpu.copy_gmem_to_smem(ref.at[rows, column], smem.at[stage, pl.ds(box, BOX)], tail)
                 plgpu.barrier_wait(tail)
                 if ref is v_ref and side is values:
                     _clean(smem.at[stage], tile.kv_len - key, shape)
@@ -451,11 +445,11 @@ def _drain(work: _Work, count, *, q_free, k_free, v_free, **_) -> None:
 def _clean(v, length, shape: _Shape) -> None:
     """Sets what lies behind the first `length` rows to 0: whatever it was, NaN too, times a weight of 0 must be 0."""
     width = 64
-    at = plgpu.broadcasted_iota(jnp.int32, (_ROWS, width), 0, layout=plgpu.Layout.WGMMA)
-    rows = [*range(0, shape.tiling.block_k - _ROWS, _ROWS), shape.tiling.block_k - _ROWS]
+    at = plgpu.broadcasted_iota(jnp.int32, (ROWS, width), 0, layout=plgpu.Layout.WGMMA)
+    rows = [*range(0, shape.tiling.block_k - ROWS, ROWS), shape.tiling.block_k - ROWS]
     for row in rows:
         for column in range(0, shape.head_dim, width):
-            part = v.at[pl.ds(row, _ROWS), pl.ds(column, width)]
+            part = v.at[pl.ds(row, ROWS), pl.ds(column, width)]
             values = plgpu.load(part, layout=plgpu.Layout.WGMMA)  # type: ignore[call-arg]  # jax 0.10 has another signature
             part[...] = jnp.where(at + row < length, values, jnp.zeros_like(values))
     plgpu.commit_smem()
@@ -489,11 +483,11 @@ def _fill_gaps(gaps, num_gaps, out_ref, block, shape: _Shape, zero_smem) -> None
 class _State(NamedTuple):
     """Of an online softmax over the tiles of keys so far, each row on its own."""
 
-    maximum: Any  # [_ROWS]
-    total: Any  # [_ROWS]
-    acc: Any  # [_ROWS, head_dim]: of the tiles but the last, to be multiplied with `shrink`
-    weights: Any  # [_ROWS, block_k]: of the last
-    shrink: Any  # [_ROWS]
+    maximum: Any  # [ROWS]
+    total: Any  # [ROWS]
+    acc: Any  # [ROWS, head_dim]: of the tiles but the last, to be multiplied with `shrink`
+    weights: Any  # [ROWS, block_k]: of the last
+    shrink: Any  # [ROWS]
 
 
 def _multiply(
@@ -505,7 +499,7 @@ def _multiply(
     block_k, stages, head_dim = tiling.block_k, tiling.stages, shape.head_dim
     dtype = k_smem.dtype
     row_layout = plgpu.Layout.WGMMA.reduce(1)
-    own_rows = pl.ds(warpgroup * _ROWS, _ROWS)
+    own_rows = pl.ds(warpgroup * ROWS, ROWS)
     if tiling.ping_pong:
 
         @pl.when(warpgroup == 1)
@@ -518,7 +512,7 @@ def _multiply(
         plgpu.barrier_wait(q_ready.at[q_stage])
         tile = _Tile(*(tile_smem[q_stage, field] for field in range(len(_Tile._fields))))
         q = q_smem.at[q_stage, own_rows]
-        position = tile.position + warpgroup * _ROWS
+        position = tile.position + warpgroup * ROWS
         softmax = functools.partial(_softmax, tile=tile, position=position, shape=shape)
 
         def stage_of(t):
@@ -535,13 +529,13 @@ def _multiply(
                 plgpu.wgmma(ref, q, k_smem.at[stage_of(0)].transpose((1, 0)))
                 return ref[...]
 
-            found = pl.run_scoped(scores, plgpu.ACC((_ROWS, block_k), jnp.float32))
+            found = pl.run_scoped(scores, plgpu.ACC((ROWS, block_k), jnp.float32))
             plgpu.barrier_arrive(k_free.at[stage_of(0)])
             return found
 
-        maximum = plgpu.layout_cast(jnp.full((_ROWS,), _NOTHING, jnp.float32), row_layout)
-        total = plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), row_layout)
-        acc = plgpu.layout_cast(jnp.zeros((_ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
+        maximum = plgpu.layout_cast(jnp.full((ROWS,), _NOTHING, jnp.float32), row_layout)
+        total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
+        acc = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
         weights, maximum, shrink, total = softmax(first(), maximum, total, key_of(0), masked=True)
         state = _State(maximum, total, acc, weights, shrink)
 
@@ -588,7 +582,7 @@ def _multiply(
                 return _State(maximum, total, acc + added if shape.interpreted else added, new_weights, shrink)
 
             return pl.run_scoped(
-                body, plgpu.ACC((_ROWS, head_dim), jnp.float32), plgpu.ACC((_ROWS, block_k), jnp.float32)
+                body, plgpu.ACC((ROWS, head_dim), jnp.float32), plgpu.ACC((ROWS, block_k), jnp.float32)
             )
 
         def steps(begin, end, state, *, masked: bool):
@@ -616,7 +610,7 @@ def _multiply(
             multiply(acc_ref, weights, tile.blocks - 1)
             return acc_ref[...] + acc if shape.interpreted else acc_ref[...]
 
-        acc = pl.run_scoped(finish, plgpu.ACC((_ROWS, head_dim), jnp.float32))
+        acc = pl.run_scoped(finish, plgpu.ACC((ROWS, head_dim), jnp.float32))
         plgpu.barrier_arrive(v_free.at[stage_of(tile.blocks - 1)])
         total = state.total
         if sinks is not None:
@@ -648,7 +642,7 @@ def _unmasked(tile: _Tile, position, shape: _Shape) -> tuple[Any, Any]:
     high = jnp.minimum(lax.div(jnp.maximum(seen, 0), block_k), tile.blocks)
     if shape.window is None:
         return jnp.int32(0), high
-    hidden = jnp.maximum(position + _ROWS - shape.window - tile.begin, 0)
+    hidden = jnp.maximum(position + ROWS - shape.window - tile.begin, 0)
     return jnp.minimum(lax.div(hidden + block_k - 1, block_k), tile.blocks), high
 
 
@@ -679,7 +673,7 @@ def _softmax(products, maximum, total, key, *, tile: _Tile, position, shape: _Sh
 def _visible(scores, tile: _Tile, position, key, shape: _Shape):
     """`scores`, and minus infinity for keys, from number `key` on, that a row does not see."""
     layout = None if shape.interpreted else plgpu.Layout.WGMMA.reduce(1)
-    row = plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=layout)
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout)
     end = jnp.maximum(row + (position + 1 - key), tile.prefix - key)
     if shape.window is None:
         begin = plgpu.layout_cast(jnp.zeros_like(end), layout) if layout else jnp.zeros_like(end)
@@ -732,16 +726,16 @@ def _masked(scores, begin, end, *, has_begin: bool):
 
 def _store(result, buffer, out_ref, tile: _Tile, head, warpgroup, shape: _Shape) -> None:
     """Writes the rows that belong to the request: through shared memory if all of them do."""
-    first = warpgroup * _ROWS
-    low, high = jnp.maximum(tile.low - first, 0), jnp.minimum(tile.high - first, _ROWS)
-    whole = (low == 0) & (high == _ROWS)
+    first = warpgroup * ROWS
+    low, high = jnp.maximum(tile.low - first, 0), jnp.minimum(tile.high - first, ROWS)
+    whole = (low == 0) & (high == ROWS)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(whole)
     def _():
         buffer[...] = result
         plgpu.commit_smem()
-        rows = pl.ds(pl.multiple_of(tile.token + first, _BOX), _ROWS)
+        rows = pl.ds(pl.multiple_of(tile.token + first, BOX), ROWS)
         plgpu.copy_smem_to_gmem(buffer, out_ref.at[rows, head])
 
     @pl.when(jnp.logical_not(whole))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_vattention.attention import mosaic_decode, mosaic_prefill
+from jax_vattention.attention import mosaic_decode, mosaic_prefill, mosaic_view
 from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
@@ -25,13 +25,13 @@ def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Feature
         return f"jax {jax.__version__}: this backend changes, 0.11 is what was tried"
     if target() != "9.0":
         return "GPUs other than Hopper (compute capability 9.0)"
-    kernels = (mosaic_decode,) if _few_queries(q, view, batch) else (mosaic_prefill, mosaic_decode)
+    if (refused := mosaic_view.refusal(q, view)) is not None:
+        return refused
+    if _few_queries(q, view, batch):
+        return mosaic_decode.refusal(q, view, batch, features)
+    # Requests of one query in such a batch go to the other kernel.
     one_query = dataclasses.replace(batch, max_q_len=1)
-    refusals = (
-        kernel.refusal(q, view, one_query if len(kernels) > 1 and kernel is mosaic_decode else batch, features)
-        for kernel in kernels
-    )
-    return next((refusal for refusal in refusals if refusal is not None), None)
+    return mosaic_prefill.refusal(q, view, batch, features) or mosaic_decode.refusal(q, view, one_query, features)
 
 
 def target() -> str | None:
@@ -72,4 +72,4 @@ def run(
 
 def _few_queries(q: jax.Array, view: LayerView, batch: RaggedBatch) -> bool:
     """Whether every request's queries fit in the rows of one product of the decode kernel."""
-    return batch.max_q_len * (q.shape[1] // view.num_kv_heads) <= mosaic_decode.ROWS
+    return batch.max_q_len * (q.shape[1] // view.num_kv_heads) <= mosaic_view.ROWS
