@@ -309,14 +309,14 @@ VARIANTS = {
 
 @every_implementation
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_layouts_and_windows(implementation, variant, dtype):
+def test_layouts_and_windows(implementation, variant):
     """Requests shorter, as long and longer than the window; pages behind it are not mapped."""
-    spec = make_spec(implementation, layers=4, dtype=dtype, **VARIANTS[variant])
     decode = [(1, 1), (1, 50), (1, 51), (1, 64), (1, 640), (0, 0)]
-    check(implementation, spec, 6, decode, max_q_len=1, tokens=6, layers=(0, 1, 3))
     prefill = [(1, 300), (200, 200), (64, 64), (130, 670), (1, 1), (0, 0)]
-    check(implementation, spec, 6, prefill, tokens=400, layers=(0, 1, 2))
+    for dtype in ("float32", "bfloat16") if implementation in ON_GPU else ("float32",):
+        spec = make_spec(implementation, layers=4, dtype=dtype, **VARIANTS[variant])
+        check(implementation, spec, 6, decode, max_q_len=1, tokens=6, layers=(0, 3))
+        check(implementation, spec, 6, prefill, tokens=400, layers=(1, 2))
 
 
 @every_decode
