@@ -22,6 +22,7 @@ BENCHMARKS = {
     "manager": "three KV caches in the same memory serve a request trace; the host cost of a step",
     "mixed": "attention of a prefill chunk and of decodes on a GPU: in one call and in two",
     "prefill": "attention of prompts and chunks on a GPU: TFLOP/s beside a matrix product, cuDNN and torch",
+    "tune": "tile sizes of the kernels for Hopper GPUs, and the file that holds the fastest",
     "vmm": "mapping and unmapping pages, and the manager's work between two programs",
 }
 """Each is a module of this package with `add_arguments(parser)` and `run(arguments) -> Report`."""

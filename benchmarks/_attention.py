@@ -14,6 +14,7 @@ import gc
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
 from typing import Any, NamedTuple, Protocol, TypeVar, get_args
 
 import jax
@@ -26,6 +27,7 @@ from benchmarks._report import BenchmarkError, Column, Report, Table
 from benchmarks._timing import Timing, back_to_back
 from jax_vattention import GPU_COMPILER_OPTIONS, KVCache, KVCacheManager, KVCacheSpec, RaggedBatch, attention
 from jax_vattention.attention import implementations
+from jax_vattention.attention.features import Features
 from jax_vattention.spec import Layout
 
 _MIB = 2**20
@@ -176,10 +178,30 @@ def add_arguments(parser: argparse.ArgumentParser, alternatives: Sequence[str] =
     parser.add_argument("--seconds", type=float, default=1.5, metavar="N", help="for each row (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="SHAPE", help="only these shapes, by their names in the table")
     add_choices(parser)
+    add_limit(parser)
     if alternatives:
         parser.add_argument(
             "--against", nargs="*", choices=alternatives, default=list(alternatives), help="default: all"
         )
+
+
+def add_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--limit", type=float, metavar="N", help="begin no row after so many seconds, and say so (default: none)"
+    )
+
+
+class Limit:
+    """When to stop, so that a run whose time is limited reports what it has."""
+
+    def __init__(self, seconds: float | None):
+        self._seconds, self._start = seconds, perf_counter()
+
+    def attempt(self, action: Callable[[], Outcome]) -> Outcome:
+        """As `attempt`; if the time is over, an outcome that says so."""
+        if self._seconds is not None and perf_counter() - self._start > self._seconds:
+            return Outcome(None, error=f"not run: more than --limit {self._seconds:g} seconds had passed")
+        return attempt(action)
 
 
 def add_choices(parser: argparse.ArgumentParser) -> None:
@@ -213,12 +235,18 @@ def checked_sizes(shapes: str) -> Sizes:
     Raises:
       BenchmarkError: there is no GPU, and the shapes are not made to run without one.
     """
-    if jax.default_backend() != "gpu" and shapes != "tiny":
+    if shapes != "tiny":
+        need_gpu(" (--shapes tiny only shows that the benchmark runs)")
+    return SIZES[shapes]
+
+
+def need_gpu(hint: str = "") -> None:
+    """Raises BenchmarkError if JAX has none, with a `hint` of what goes without."""
+    if jax.default_backend() != "gpu":
         raise BenchmarkError(
             f"expected an NVIDIA GPU that JAX can use, got {jax.default_backend()}; install jax[cuda13] or jax[cuda12] "
-            "on a machine that has one (--shapes tiny only shows that the benchmark runs)"
+            f"on a machine that has one{hint}"
         )
-    return SIZES[shapes]
 
 
 def chosen(works: Sequence[_Named], only: Sequence[str] | None) -> list[_Named]:
@@ -298,18 +326,21 @@ def compare(
       also: other ways to read the bfloat16 cache.
     """
     sizes, seconds, names = checked(arguments)
+    limit = Limit(arguments.limit)
     rows = []
     for work in works:
         ours: dict[str, Outcome] = {}
         for kv_dtype, layout in itertools.product(kv_dtypes, arguments.layouts):
             plain = kv_dtype == "bfloat16"
             extra = also if plain else None
-            found = time_ours(work, {"": slice(None)}, sizes, layout, names, seconds, kv_dtype=kv_dtype, also=extra)
+            found = time_ours(
+                work, {"": slice(None)}, sizes, layout, names, seconds, kv_dtype=kv_dtype, also=extra, limit=limit
+            )
             what = layout if plain else f"{layout}, {kv_dtype}"
             ours |= {f"jax_vattention {name}, {what}": outcomes[""] for name, outcomes in found.items()}
         others: dict[str, Outcome] = {}
         for name in arguments.against:
-            others[name] = attempt(functools.partial(alternatives[name], work, sizes, seconds))
+            others[name] = limit.attempt(functools.partial(alternatives[name], work, sizes, seconds))
             say(work.name, name, others[name])
         first = next((outcome.timing.median for outcome in ours.values() if outcome.timing), None)
         rows += [_row(work, name, outcome, first, rate) for name, outcome in (ours | others).items()]
@@ -346,10 +377,12 @@ def time_ours(
     *,
     kv_dtype: str = "bfloat16",
     also: Mapping[str, Timer] | None = None,
+    limit: Limit | None = None,
 ) -> dict[str, dict[str, Outcome]]:
     """Fills a cache for `work` and times calls of attention over parts of its requests, for each implementation."""
     timers: dict[str, Timer] = {name: functools.partial(_time, name) for name in names}
     timers |= also or {}
+    limit = limit or Limit(None)
     found: dict[str, dict[str, Outcome]] = {name: {} for name in timers}
 
     def fill_and_time() -> Outcome:
@@ -358,12 +391,12 @@ def time_ours(
             for name, timer in timers.items():
                 for part, which in parts.items():
                     action = functools.partial(timer, manager, work.part(which), slots[which], sizes, seconds)
-                    found[name][part] = attempt(action)
+                    found[name][part] = limit.attempt(action)
                     say(work.name, f"{name}, {layout} {part}".rstrip(), found[name][part])
         return Outcome(None)
 
     # Most likely too little memory, if anything: other rows need less.
-    failure = attempt(fill_and_time)
+    failure = limit.attempt(fill_and_time)
     if failure.error:
         say(work.name, layout, failure)
     return {name: {part: outcomes.get(part, failure) for part in parts} for name, outcomes in found.items()}
@@ -467,6 +500,24 @@ def attend(
         out, cache = attention(q, cache, layer=layer, batch=batch, implementation=implementation)
         results.append(out)
     return results, cache.order
+
+
+def attend_through(
+    kernel: Callable[..., tuple[jax.Array, jax.Array]],
+    queries: Sequence[jax.Array],
+    cache: KVCache,
+    batch: RaggedBatch,
+    *,
+    layers: Sequence[int],
+) -> tuple[list[jax.Array], jax.Array]:
+    """As `attend`, through the `run` of one kernel, with options that `attention` does not have."""
+    results: list[jax.Array] = []
+    order = cache.order
+    for layer, q in zip(layers, queries, strict=True):
+        q, view = after(q, results), cache.layer_view(layer)
+        out, order = kernel(q, view, order, batch, Features(), scale=q.shape[-1] ** -0.5)
+        results.append(out)
+    return results, order
 
 
 def after(q: jax.Array, results: list[jax.Array]) -> jax.Array:

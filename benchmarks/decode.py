@@ -22,7 +22,6 @@ from benchmarks._report import Column, Report, Table
 from jax_vattention import KVCache, KVCacheManager, RaggedBatch
 from jax_vattention.attention import mosaic_decode
 from jax_vattention.attention.decode_split import GRAIN
-from jax_vattention.attention.features import Features
 
 _TRACE = Path(__file__).parent / "traces" / "azure_llm_2023_conv_sample.csv"
 _SEED = 0
@@ -75,14 +74,8 @@ def attend_paged(
     table = np.tile(np.arange(-(-max(lengths) // GRAIN), dtype=np.int32), (len(lengths), 1))
     for row, length in zip(table, lengths, strict=True):
         random.shuffle(row[: length // GRAIN])
-    results: list[jax.Array] = []
-    order = cache.order
-    for layer, q in zip(layers, queries, strict=True):
-        q, view = _attention.after(q, results), cache.layer_view(layer)
-        scale = q.shape[-1] ** -0.5
-        out, order = mosaic_decode.run(q, view, order, batch, Features(), scale=scale, page_table=jnp.asarray(table))
-        results.append(out)
-    return results, order
+    kernel = functools.partial(mosaic_decode.run, page_table=jnp.asarray(table))
+    return _attention.attend_through(kernel, queries, cache, batch, layers=layers)
 
 
 def _time_paged(manager: KVCacheManager, work: Work, *rest: Any) -> Outcome:

@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> Report:
     sizes, seconds, names = _attention.checked(arguments)
     [work] = _attention.chosen([_WORKS[arguments.shapes]], arguments.only)
     others = _machine.OtherLoad()
+    limit = _attention.Limit(arguments.limit)
     rows: list[dict[str, Any]] = []
     kernels: list[dict[str, Any]] = []
 
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> Report:
             found.append(measure())
             return Outcome(None)
 
-        failure = _attention.attempt(action).error
+        failure = limit.attempt(action).error
         rows.append({"program": program, "note": failure} | (summary(found[0]) if found else {}))
         kernels.extend({"program": program} | row for each in found for row in by_kernel(each))
 

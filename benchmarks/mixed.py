@@ -33,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Report:
     sizes, seconds, names = _attention.checked(arguments)
     others = _machine.OtherLoad()
-    rows = []
+    rows, limit = [], _attention.Limit(arguments.limit)
     for work in _attention.chosen(works(arguments.shapes), arguments.only):
         for layout in arguments.layouts:
-            found = _attention.time_ours(work, _PARTS, sizes, layout, names, seconds)
+            found = _attention.time_ours(work, _PARTS, sizes, layout, names, seconds, limit=limit)
             rows += [_row(work, f"{name}, {layout}", outcomes) for name, outcomes in found.items()]
     table = Table("A prefill chunk and decodes, µs of one layer", _COLUMNS, tuple(rows))
     return _attention.report("mixed", arguments, (table,), _NOTES, others)

@@ -1,8 +1,10 @@
 """The benchmarks' reports and tables, and what they count. No time is checked."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
+import json
 import math
 import shlex
 
@@ -13,10 +15,13 @@ import pytest
 from caches import plain_cache, read_token
 
 from benchmarks import __main__ as command
-from benchmarks import _alternatives, _attention, _timing, _trace, accuracy, decode, launches
+from benchmarks import _alternatives, _attention, _timing, _trace, accuracy, decode, launches, tune
+from benchmarks._attention import Outcome
 from benchmarks._report import Column, Report, Table
 from benchmarks._timing import Timing, back_to_back, interleave
 from jax_vattention import KVCacheSpec
+from jax_vattention.attention import mosaic_decode
+from jax_vattention.attention.tilings import tuned
 
 
 @pytest.fixture
@@ -431,3 +436,58 @@ def test_alternatives_compute_the_same_attention_as_ours():
         [prompts.reshape(48, 4, 16)], cache, prompt_work.batch([0, 1]), layers=[0], implementation="reference"
     )
     np.testing.assert_allclose(ours, prefilled.reshape(48, 4, 16), atol=1e-5)
+
+
+def timed(*seconds):
+    return [Outcome(None, error="it does not fit") if each is None else Outcome(Timing((each,))) for each in seconds]
+
+
+def test_tune_writes_the_fastest_where_it_is_faster_than_noise(tmp_path):
+    path = tmp_path / "tilings.json"
+    old = {"kernel": "mosaic_decode", "head_dim": 64, "kv_dtype": "bfloat16", "tiling": {"stages": 3}}
+    path.write_text(json.dumps({"comment": "what for", "rows": [old, old | {"head_dim": 96}]}))
+
+    def rows(head_dim, *found):
+        key = {"kernel": "mosaic_decode", "head_dim": head_dim, "kv_dtype": "bfloat16"}
+        return [key | row for row in tune.compared(found)]
+
+    default, other, third = {"stages": 2}, {"stages": 3}, {"stages": 4}
+    clear = rows(64, (default, timed(2.0, 2.0)), (other, timed(1.0, 2.0)), (third, timed(0.1, None)))
+    assert [row["time"] for row in clear] == [pytest.approx(0.5**0.5), 1.0, None]
+    assert clear[2]["note"] == "it does not fit"
+    noise = rows(128, (default, timed(1.0)), (other, timed(0.995)))
+    nothing = rows(96, (default, timed(None)), (other, timed(1.0)))
+    tune.write(path, clear + noise + nothing, "today")
+    written = {row["head_dim"]: row for row in json.loads(path.read_text())["rows"]}
+    assert written[64]["tiling"] == other
+    assert (written[64]["time"], written[64]["measured"]) == (0.707, "today")
+    assert written[128]["tiling"] == default
+    assert written[96] == old | {"head_dim": 96}, "what was not timed keeps its row"
+
+
+def test_what_is_tuned_is_what_the_kernels_have():
+    for name, kernel in tune.KERNELS.items():
+        candidates = list(kernel.candidates())
+        assert all(kernel.module.Tiling(**fields) for fields in candidates)
+        assert kernel.module.Tiling(**candidates[0]) == kernel.module.Tiling()
+        assert len({json.dumps(fields) for fields in candidates}) == len(candidates)
+        assert set(kernel.works) <= {work.name for work in tune._WORKS.values()}, name
+
+
+def test_tilings_that_are_shipped():
+    rows = json.loads(tune.FILE.read_text())["rows"]
+    assert len({tune._key(row) for row in rows}) == len(rows)
+    for row in rows:
+        default = tune.KERNELS[row["kernel"]].module.Tiling()
+        found = tuned(default, row["kernel"], row["head_dim"], row["kv_dtype"])
+        assert dataclasses.asdict(found) == dataclasses.asdict(default) | row["tiling"]
+    assert tuned(mosaic_decode.Tiling(), "mosaic_decode", 72, jnp.bfloat16) == mosaic_decode.Tiling()
+
+
+def test_a_limit_leaves_rows_out_and_says_so(tmp_path):
+    path = tmp_path / "mixed.json"
+    options = ["mixed", "--shapes", "tiny", "--implementations", "reference", "--layouts", "token_major"]
+    assert command.main([*options, "--limit", "0", "--json", str(path)]) == 0
+    [table] = Report.read(path).tables
+    assert [row["note"] for row in table.rows] == ["not run: more than --limit 0 seconds had passed"] * 2
+    assert all("mixed_us" not in row for row in table.rows)

@@ -26,6 +26,7 @@ from jax_vattention.attention import decode_split as tables
 from jax_vattention.attention.decode_split import GRAIN
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns
+from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
@@ -43,9 +44,6 @@ class Tiling:
     streams: int = 1
     """Of a block."""
     blocks: int = BLOCKS
-
-
-_TILING = Tiling()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +151,7 @@ def run(
     features: Features,
     *,
     scale: float,
-    tiling: Tiling = _TILING,
+    tiling: Tiling | None = None,
     page_table: jax.Array | None = None,
     interpret: Any = False,
     interpret_tables: bool = False,
@@ -164,8 +162,8 @@ def run(
       page_table: int32 `[requests, pages]`: where in its slot each `GRAIN` tokens of a request are, in as many tokens.
         Only to measure what the indirection of a paged cache costs (`benchmarks/decode.py`): ours needs none.
     """
-    num_kv_heads = view.num_kv_heads
-    columns = Columns.of(view)
+    num_kv_heads, columns = view.num_kv_heads, Columns.of(view)
+    tiling = tiling or tuned(Tiling(), "mosaic_decode", q.shape[2], view.k.dtype)
     shape = _Shape(
         num_kv_heads=num_kv_heads,
         group=q.shape[1] // num_kv_heads,

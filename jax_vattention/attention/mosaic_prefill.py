@@ -31,6 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns
+from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
@@ -64,9 +65,6 @@ class Tiling:
     registers: tuple[int, int] = (40, 232)
     """Of a thread that copies, and of one that multiplies."""
     blocks: int = BLOCKS
-
-
-_TILING = Tiling()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +111,13 @@ def run(
     features: Features,
     *,
     scale: float,
-    tiling: Tiling = _TILING,
+    tiling: Tiling | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`."""
     tokens, num_q_heads, head_dim = q.shape
     columns = Columns.of(view)
+    tiling = tiling or tuned(Tiling(), "mosaic_prefill", head_dim, view.k.dtype)
     # Every tile of queries lies within the array.
     padded = max(-(-tokens // BOX) * BOX, _BLOCK_Q)
     shape = _Shape(

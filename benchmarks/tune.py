@@ -1,0 +1,188 @@
+"""Tile sizes of the kernels for Hopper GPUs: the time of each candidate, as a share of that of the kernel's defaults.
+
+`--write` makes the fastest ones the rows of `jax_vattention/attention/tilings.json`, which the kernels look up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from benchmarks import _attention, _machine, decode, prefill
+from benchmarks._attention import Outcome, Sizes
+from benchmarks._report import Column, Report, Table
+from jax_vattention.attention import mosaic_decode, mosaic_prefill, tilings
+
+FILE = Path(tilings.__file__).with_suffix(".json")
+_LEAST_GAIN = 0.01
+"""What a candidate has to be faster by than the defaults: less is noise."""
+
+
+class Kernel(NamedTuple):
+    """What is tuned: the values of each field of its `Tiling` that are tried, and on which shapes."""
+
+    module: ModuleType
+    fields: dict[str, tuple[Any, ...]]
+    works: tuple[str, ...]
+    head_dims: tuple[int, ...]
+    kv_dtypes: tuple[str, ...]
+
+    def candidates(self) -> Iterator[dict[str, Any]]:
+        """The defaults, then all others."""
+        default = dataclasses.asdict(self.module.Tiling())
+        yield {name: default[name] for name in self.fields}
+        for values in itertools.product(*self.fields.values()):
+            found = dict(zip(self.fields, values, strict=True))
+            if any(found[name] != default[name] for name in found):
+                yield found
+
+
+KERNELS = {
+    "mosaic_decode": Kernel(
+        mosaic_decode,
+        {"block_k": (64, 128), "stages": (2, 3, 4), "streams": (1, 2)},
+        ("8x16384", "16x16384", "256x1024", "128 of the trace"),
+        (64, 96, 128, 192, 256),
+        ("bfloat16", "float8_e4m3fn"),
+    ),
+    "mosaic_prefill": Kernel(
+        mosaic_prefill,
+        {"block_k": (64, 96, 128), "stages": (2, 3), "own_out": (True, False), "overlap": (False, True)},
+        ("1x8192", "4x4096", "512 at 4096"),
+        (64, 128),
+        ("bfloat16",),
+    ),
+}
+_WORKS = {work.name: work for module in (decode, prefill) for work in module.works("llama-3-8b")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seconds", type=float, default=0.4, metavar="N", help="for each time (default: %(default)s)")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: all")
+    parser.add_argument("--head-dims", nargs="+", type=int, metavar="N", help="default: all that a kernel serves")
+    parser.add_argument("--kv-dtypes", nargs="+", metavar="DTYPE", help="default: all that a kernel serves")
+    parser.add_argument("--write", action="store_true", help=f"replace the rows of what was measured in {FILE.name}")
+    _attention.add_limit(parser)
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    _attention.need_gpu()
+    sizes = _attention.SIZES["llama-3-8b"]
+    others = _machine.OtherLoad()
+    limit = _attention.Limit(arguments.limit)
+    rows = []
+    for name, head_dim, kv_dtype in chosen(arguments):
+        # Fewer layers of large heads: the cache of all of them has to fit.
+        layers = min(sizes.num_layers, sizes.num_layers * sizes.head_dim // head_dim)
+        own_sizes = dataclasses.replace(sizes, head_dim=head_dim, num_layers=layers)
+        found = _measured(KERNELS[name], own_sizes, kv_dtype, arguments.seconds, limit)
+        what = {"kernel": name, "head_dim": head_dim, "kv_dtype": kv_dtype}
+        rows += [what | row for row in compared(found)]
+    hardware, versions = _machine.hardware(), _machine.versions(_attention.PACKAGES)
+    if arguments.write:
+        measured = f"{datetime.date.today().isoformat()}, {hardware.get('gpu', '')}, jax {versions.get('jax', '')}"
+        write(FILE, rows, measured)
+    return Report(
+        name="tune",
+        command="",
+        date=datetime.date.today().isoformat(),
+        hardware=hardware,
+        versions=versions,
+        settings={"seconds": arguments.seconds, "other_programs_cpu_share": round(others.share(), 3)},
+        tables=(Table("Tilings, fastest first", _COLUMNS, tuple(rows)),),
+        notes=_NOTES,
+    )
+
+
+def chosen(arguments: argparse.Namespace) -> list[tuple[str, int, str]]:
+    """Kernel, head dim and dtype of K and V of each table row to be."""
+    return [
+        (name, head_dim, kv_dtype)
+        for name in arguments.kernels
+        for head_dim in KERNELS[name].head_dims
+        for kv_dtype in KERNELS[name].kv_dtypes
+        if head_dim in (arguments.head_dims or [head_dim]) and kv_dtype in (arguments.kv_dtypes or [kv_dtype])
+    ]
+
+
+def _measured(
+    kernel: Kernel, sizes: Sizes, kv_dtype: str, seconds: float, limit: _attention.Limit
+) -> list[tuple[dict[str, Any], list[Outcome]]]:
+    """Each candidate and its outcome on each shape."""
+    timers = {json.dumps(fields): _timer(kernel.module, fields) for fields in kernel.candidates()}
+    found: dict[str, list[Outcome]] = {name: [] for name in timers}
+    for work in kernel.works:
+        part = {"": slice(None)}
+        outcomes = _attention.time_ours(
+            _WORKS[work], part, sizes, "token_major", (), seconds, kv_dtype=kv_dtype, also=timers, limit=limit
+        )
+        for name in timers:
+            found[name].append(outcomes[name][""])
+    return [(json.loads(name), outcomes) for name, outcomes in found.items()]
+
+
+def _timer(module: ModuleType, fields: dict[str, Any]) -> _attention.Timer:
+    kernel = functools.partial(module.run, tiling=module.Tiling(**fields))
+    return functools.partial(_attention.time_program, functools.partial(_attention.attend_through, kernel))
+
+
+def compared(found: Sequence[tuple[dict[str, Any], Sequence[Outcome]]]) -> list[dict[str, Any]]:
+    """Rows, the fastest first; those that were not timed on every shape last. The first of `found` are the defaults."""
+    defaults = found[0][1]
+    rows = []
+    for fields, outcomes in found:
+        row: dict[str, Any] = {"tiling": json.dumps(fields), "default": outcomes is defaults, "time": None}
+        row["note"] = "; ".join(dict.fromkeys(outcome.error for outcome in outcomes if outcome.error))
+        if all(each.timing and default.timing for each, default in zip(outcomes, defaults, strict=True)):
+            ratios = [
+                each.timing.median / default.timing.median for each, default in zip(outcomes, defaults, strict=True)
+            ]
+            row["time"], row["times"] = statistics.geometric_mean(ratios), ratios
+            row["shown"] = " ".join(f"{ratio:.3f}" for ratio in ratios)
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["time"] is None, row["time"]))
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]], measured: str) -> None:
+    """Puts the best of `rows` in the place of what `path` says of the same kernels, head dims and dtypes.
+
+    What was not timed keeps its row.
+    """
+    known = json.loads(path.read_text())
+    kept = {_key(row): row for row in known["rows"]}
+    for key, group in itertools.groupby((row for row in rows if row["time"] is not None), _key):
+        timed = list(group)
+        best = timed[0] if timed[0]["time"] <= 1 - _LEAST_GAIN else next(row for row in timed if row["default"])
+        tiling = {"tiling": json.loads(best["tiling"]), "time": round(best["time"], 3), "measured": measured}
+        kept[key] = {name: best[name] for name in ("kernel", "head_dim", "kv_dtype")} | tiling
+    lines = ",\n".join(f"  {json.dumps(kept[key])}" for key in sorted(kept))
+    path.write_text(f'{{\n "comment": {json.dumps(known["comment"])},\n "rows": [\n{lines}\n ]\n}}\n')
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int, str]:
+    return row["kernel"], row["head_dim"], row["kv_dtype"]
+
+
+_COLUMNS = (
+    Column("kernel", "kernel"),
+    Column("head_dim", "head dim"),
+    Column("kv_dtype", "K and V"),
+    Column("tiling", "tiling"),
+    Column("time", "time, defaults = 1", ".3f"),
+    Column("shown", "on each shape"),
+    Column("note", "note"),
+)
+_NOTES = (
+    "time: geometric mean over the shapes of the kernel, token_major; "
+    + "; ".join(f"{name}: {', '.join(kernel.works)}" for name, kernel in KERNELS.items())
+    + ".",
+)
