@@ -484,7 +484,6 @@ def _multiply(
                 _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
                 _widen(v, v_wide.at[local], functools.partial(_inside, piece, first) if masked else None)
                 plgpu.barrier_arrive(v_free.at[barrier])
-                plgpu.commit_smem()
                 k, v = k_wide.at[local], v_wide.at[local]
 
             def scores(ref):
@@ -635,6 +634,8 @@ def _widen(narrow, wide, inside: Any = None) -> None:
     if inside is not None:
         values = jnp.where(inside(wide.shape, layout), values, jnp.zeros_like(values))
     wide[...] = values
+    # Before the copying warpgroup may overwrite what was read here, and before a product reads what was written.
+    plgpu.commit_smem()
 
 
 def _inside(piece: _Piece, first, sizes: tuple[int, ...], layout: Any) -> jax.Array:

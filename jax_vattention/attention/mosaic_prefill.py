@@ -510,6 +510,7 @@ def _multiply(
         q_stage = lax.rem(i, tiling.q_stages)
         plgpu.barrier_wait(q_ready.at[q_stage])
         tile = _Tile(*(tile_smem[q_stage, field] for field in range(len(_Tile._fields))))
+        plgpu.commit_smem()  # reads by threads come before the next copy to the same place, which is no thread's
         q = q_smem.at[q_stage, own_rows]
         position = tile.position + warpgroup * ROWS
         softmax = functools.partial(_softmax, tile=tile, position=position, shape=shape)
