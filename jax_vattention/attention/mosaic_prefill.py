@@ -42,7 +42,7 @@ _BLOCK_Q = ROWS * _CONSUMERS
 """Queries of a tile."""
 _FIELDS = 32
 """int32 of a row of the schedule: copies take a multiple of 128 bytes."""
-_NOTHING = -1e30
+NOTHING = -1e30
 """Maximum of no scores. Finite: a row that sees nothing of a tile then needs no care."""
 
 
@@ -589,7 +589,7 @@ def _multiply(
             plgpu.barrier_arrive(k_free.at[stage_of(0)])
             return found
 
-        maximum = plgpu.layout_cast(jnp.full((ROWS,), _NOTHING, jnp.float32), row_layout)
+        maximum = plgpu.layout_cast(jnp.full((ROWS,), NOTHING, jnp.float32), row_layout)
         total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
         acc = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
         weights, maximum, shrink, total = softmax(first(), maximum, total, key_of(0), masked=True)
