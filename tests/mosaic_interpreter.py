@@ -1,6 +1,6 @@
 """Pallas' interpreter for Mosaic GPU kernels, taught what it lacks.
 
-That is the `wgmma` that takes its left operand from registers, and that columns of tensor memory with two names (a
+That is the `wgmma` that takes its left operand from registers, that a product may be NaN, and that columns of tensor memory with two names (a
 `RefUnion`) are columns: as it comes, a write to some races with a read of others under the other name.
 """
 
@@ -25,6 +25,7 @@ def interpreter():
         # Loops around a wgmma keep its effect when they are interpreted.
         effects.lowerable_effects.add_type(core._WGMMAPipelineEffect)
         gpu_callbacks.wgmma = gpu_callbacks.fail_on_exception(_wgmma)
+        gpu_callbacks.TcGen05Mma.__call__ = np.errstate(invalid="ignore")(gpu_callbacks.TcGen05Mma.__call__)
         _tell_columns_apart()
         return plgpu.InterpretGPUParams(detect_races=True)
     except (ImportError, AttributeError) as error:

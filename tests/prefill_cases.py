@@ -41,7 +41,10 @@ def check(kernel, requests, **options) -> None:
     cache = plain_cache(spec, contents, seen)
     starts = 3 + np.concatenate([[0], np.cumsum(np.asarray(q_lens) + 5)[:-1]])
     tokens = int(starts[-1]) + q_lens[-1] + 9
-    q = jnp.asarray(rng.standard_normal((tokens, heads * group, dim)), spec.dtype)
+    q = rng.standard_normal((tokens, heads * group, dim))
+    own = np.concatenate([np.arange(q_len) + start for start, q_len in zip(starts, q_lens, strict=True)])
+    q[np.delete(np.arange(tokens), own)] = np.asarray([np.nan, np.inf] * (dim // 2))  # of no request
+    q = jnp.asarray(q, spec.dtype)
     arrays = [jnp.asarray(each, jnp.int32) for each in (range(len(requests)), starts, q_lens, kv_lens)]
     batch = RaggedBatch(*arrays, max_q_len=256)
     sinks = jnp.asarray(rng.standard_normal(heads * group), jnp.float32) if options.get("sinks") else None
