@@ -1,7 +1,8 @@
 """Pallas' interpreter for Mosaic GPU kernels, taught what it lacks.
 
-That is the `wgmma` that takes its left operand from registers, that a product may be NaN, and that columns of tensor memory with two names (a
-`RefUnion`) are columns: as it comes, a write to some races with a read of others under the other name.
+That is the `wgmma` that takes its left operand from registers, that a product may be NaN, and that columns of tensor
+memory with two names (a `RefUnion`) are columns: as it comes, a write to some races with a read of others under the
+other name.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
 """The Hopper kernel, in Pallas' interpreter and on the GPU, by the cases and the reference of test_attention.py."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import prefill_cases
+import pytest
 import test_attention as suite
 from caches import plain_cache
 from mosaic_interpreter import interpreter
 from reference_attention import reference_attention
 
-from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch, attention
+from jax_vattention import KVCacheSpec, LayerGroup, attention
 from jax_vattention.attention import mosaic_decode, mosaic_prefill, pallas_mosaic
 from jax_vattention.attention.features import Features
 
