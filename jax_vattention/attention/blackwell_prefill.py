@@ -46,6 +46,7 @@ _NATIVE = plgpu.Layout.TCGEN05_TMEM_NATIVE
 _WIDE = plgpu.Layout.TCGEN05_TMEM_NATIVE(8)
 """The same, in registers of 16 bytes of results."""
 _ROW = _NATIVE.reduce(1)
+"""A number of each row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +55,12 @@ class Tiling(mosaic_prefill.Tiles):
 
     q_stages: int = 1
     blocks: int = BLOCKS
-    registers: tuple[int, int] = (48, 208)
+    registers: tuple[int, int] = (40, 216)
     """Of a thread that copies or issues products, and of one that computes softmax."""
 
 
-_TILING = Tiling()
+_TILINGS = {64: Tiling(stages=4, q_stages=2), 128: Tiling()}
+"""Of each head_dim: as much as fits."""
 
 
 def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
@@ -74,10 +76,11 @@ def run(
     features: Features,
     *,
     scale: float,
-    tiling: Tiling = _TILING,
+    tiling: Tiling | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`."""
+    tiling = tiling or _TILINGS[q.shape[2]]
     shape = Shape.of(q, view, features, block_q=ROWS * _TILES, scale=scale, tiling=tiling, interpret=interpret)
     kernel = functools.partial(_prefill, shape=shape, tiling=tiling, has_sinks=features.sinks is not None)
     scratch = _scratch(shape, q.dtype)
@@ -103,7 +106,7 @@ def _scratch(shape: Shape, dtype: Any) -> dict[str, Any]:
         ),
         "acc_tmem": plgpu.TMEM((ROWS, _TILES * shape.head_dim), jnp.float32),
         "row_smem": plgpu.SMEM((_TILES, ROWS, shape.head_dim), dtype) if shape.interpreted else None,
-        # The queries' own and their tile's numbers are read by all that compute.
+        # Queries are read by products, and the numbers of their tile by each warpgroup that computes.
         "q_free": barriers(tiling.q_stages, _TILES + 1),
         "k_free": barriers(tiling.stages),
         "v_free": barriers(tiling.stages),
@@ -185,11 +188,7 @@ def _multiply(
 
         plgpu.barrier_wait(k_ready.at[stage_of(0)])
         for index in range(_TILES):
-
-            @pl.when(i > 0)
-            def _(index=index):
-                plgpu.barrier_wait(acc_ready.at[index])
-
+            pl.when(i > 0)(functools.partial(plgpu.barrier_wait, acc_ready.at[index]))
             score(0, index)
         plgpu.tcgen05_commit_arrive(k_free.at[stage_of(0)])
 
@@ -212,11 +211,8 @@ def _multiply(
         return count + blocks
 
     lax.fori_loop(0, work.count, item, jnp.int32(0))
-
-    @pl.when(work.count > 0)
-    def _():
-        for index in range(_TILES):
-            plgpu.barrier_wait(acc_ready.at[index])
+    for index in range(_TILES):
+        pl.when(work.count > 0)(functools.partial(plgpu.barrier_wait, acc_ready.at[index]))
 
 
 def _weigh(
