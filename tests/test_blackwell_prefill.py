@@ -63,7 +63,7 @@ VARIANTS = {
     "head_dim 128, layer_major": {"layout": "layer_major", "dtype": jnp.float16},
     "window, cap and sinks": {"window": 500, "features": ("soft_cap", "sinks")},
     "head_dim 64, window": {"head_dim": 64, "window": 500},
-    "all": {"features": ("soft_cap", "sinks", "prefix_lens")},
+    "all but a window": {"features": ("soft_cap", "sinks", "prefix_lens")},
     "prefix, negative scale": {"features": ("prefix_lens",), "scale": -0.1},
 }
 

@@ -194,12 +194,14 @@ def _multiply(
 
         def step(t, _):
             plgpu.barrier_wait(v_ready.at[stage_of(t)])
-            plgpu.barrier_wait(k_ready.at[stage_of(t + 1)])
             for index in range(_TILES):
                 add(t, index)
+                if index == 0:
+                    plgpu.barrier_wait(k_ready.at[stage_of(t + 1)])
+                if index == _TILES - 1:
+                    plgpu.tcgen05_commit_arrive(v_free.at[stage_of(t)])
                 plgpu.barrier_wait(acc_ready.at[index])
                 score(t + 1, index)
-            plgpu.tcgen05_commit_arrive(v_free.at[stage_of(t)])
             plgpu.tcgen05_commit_arrive(k_free.at[stage_of(t + 1)])
 
         lax.fori_loop(0, blocks - 1, step, None)
