@@ -1,31 +1,19 @@
 """The Hopper kernel, in Pallas' interpreter and on the GPU, by the cases and the reference of test_attention.py."""
 
-import dataclasses
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
+import prefill_cases
 import pytest
 import test_attention as suite
 from caches import plain_cache
+from mosaic_interpreter import interpreter
 from reference_attention import reference_attention
 
-from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch, attention
+from jax_vattention import KVCacheSpec, LayerGroup, attention
 from jax_vattention.attention import mosaic_decode, mosaic_prefill, pallas_mosaic
 from jax_vattention.attention.features import Features
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-
-
-@functools.cache
-def interpreter():
-    try:
-        from mosaic_interpreter import interpreter
-
-        return interpreter()
-    except (ImportError, AttributeError) as error:
-        pytest.skip(f"jax {jax.__version__} cannot interpret the kernel: {error}")
 
 
 @pytest.mark.parametrize(
@@ -225,49 +213,4 @@ def test_float8(head_dim, layout):
     ids=str,
 )
 def test_prefill_in_the_interpreter(requests, options):
-    options = {"head_dim": 64, "kv_heads": 2, "group": 2, "dtype": "bfloat16", "layout": "token_major"} | options
-    tiling = {"block_k": 64, "blocks": 2} | {
-        field.name: options[field.name] for field in dataclasses.fields(mosaic_prefill.Tiling) if field.name in options
-    }
-    params = interpreter()
-    heads, group, dim, window = options["kv_heads"], options["group"], options["head_dim"], options.get("window")
-    q_lens, kv_lens = (list(each) for each in zip(*requests, strict=True))
-    groups = (LayerGroup((0,)), LayerGroup((1,), window=window)) if window else ()
-    spec = KVCacheSpec(
-        2, heads, dim, len(requests) + 1, 320, options["dtype"], 4096, layout=options["layout"], groups=groups
-    )
-    rng = np.random.default_rng(0)
-    # What no token was written to is NaN, and so is what no window sees, but for whole boxes.
-    contents = {slot: suite.random_kv(rng, spec, length) for slot, length in enumerate(kv_lens) if length}
-    seen = window and {
-        slot: (kv_len - q_len + 1 - window) // 8 * 8 - 1 + window for slot, (q_len, kv_len) in enumerate(requests)
-    }
-    cache = plain_cache(spec, contents, seen)
-    starts = 3 + np.concatenate([[0], np.cumsum(np.asarray(q_lens) + 5)[:-1]])
-    tokens = int(starts[-1]) + q_lens[-1] + 9
-    q = jnp.asarray(rng.standard_normal((tokens, heads * group, dim)), spec.dtype)
-    arrays = [jnp.asarray(each, jnp.int32) for each in (range(len(requests)), starts, q_lens, kv_lens)]
-    batch = RaggedBatch(*arrays, max_q_len=256)
-    sinks = jnp.asarray(rng.standard_normal(heads * group), jnp.float32) if options.get("sinks") else None
-    prefix_lens = options.get("prefix_lens")
-    features = Features(
-        options.get("soft_cap"), sinks, None if prefix_lens is None else jnp.asarray(prefix_lens, jnp.int32)
-    ).bounded(batch)
-    scale = options.get("scale", dim**-0.5)
-    out, order = mosaic_prefill.run(
-        q, cache.layer_view(1), cache.order, batch, features, scale=scale,
-        tiling=mosaic_prefill.Tiling(**tiling), interpret=params,
-    )  # fmt: skip
-    np.testing.assert_array_equal(order, 0)
-    out = np.array(out.astype(jnp.float32))
-    for row, (q_len, _) in enumerate(requests):
-        own = slice(starts[row], starts[row] + q_len)
-        if q_len:
-            expected = reference_attention(
-                np.asarray(q[own].astype(jnp.float32)), contents[row][:, 1, 0], contents[row][:, 1, 1], scale=scale,
-                soft_cap=options.get("soft_cap"), sinks=sinks, window=window,
-                prefix_len=0 if prefix_lens is None else prefix_lens[row],
-            )  # fmt: skip
-            np.testing.assert_allclose(out[own], expected, atol=1e-2, rtol=1e-2)
-        out[own] = 0
-    np.testing.assert_array_equal(out, 0)
+    prefill_cases.check(mosaic_prefill, requests, **options)

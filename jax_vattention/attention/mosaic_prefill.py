@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,13 +43,13 @@ _BLOCK_Q = ROWS * _CONSUMERS
 """Queries of a tile."""
 _FIELDS = 32
 """int32 of a row of the schedule: copies take a multiple of 128 bytes."""
-_NOTHING = -1e30
+NOTHING = -1e30
 """Maximum of no scores. Finite: a row that sees nothing of a tile then needs no care."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiling:
-    """What may be tuned."""
+class Tiles:
+    """What may be tuned in any kernel that `copy` feeds."""
 
     block_k: int = 128
     """Keys of a tile."""
@@ -56,6 +57,13 @@ class Tiling:
     """Tiles of keys in shared memory."""
     q_stages: int = 2
     """Tiles of queries in shared memory."""
+    blocks: int = BLOCKS
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling(Tiles):
+    """What may be tuned here."""
+
     own_out: bool = True
     """Results have shared memory of their own, and do not wait in that of their queries to be stored."""
     ping_pong: bool = True
@@ -64,11 +72,10 @@ class Tiling:
     """The softmax of a tile overlaps with the product with V of the one before it. Slower so far: see NOTES.md."""
     registers: tuple[int, int] = (40, 232)
     """Of a thread that copies, and of one that multiplies."""
-    blocks: int = BLOCKS
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shape:
+class Shape:
     """Static sizes of a kernel."""
 
     num_q_heads: int
@@ -76,7 +83,9 @@ class _Shape:
     head_dim: int
     tokens: int
     """Of the query array, padded."""
-    tiling: Tiling
+    block_q: int
+    """Queries of a tile."""
+    tiling: Tiles
     scale: float
     soft_cap: float | None
     window: int | None
@@ -84,6 +93,37 @@ class _Shape:
     layer_stride: int
     """See `Columns`, as for `v_column`."""
     v_column: int
+
+    @classmethod
+    def of(
+        cls,
+        q: jax.Array,
+        view: LayerView,
+        features: Features,
+        *,
+        block_q: int,
+        scale: float,
+        tiling: Tiles,
+        interpret: Any,
+    ) -> Shape:
+        """Those of a kernel for these arguments."""
+        tokens, num_q_heads, head_dim = q.shape
+        columns = Columns.of(view)
+        return cls(
+            num_q_heads=num_q_heads,
+            group=num_q_heads // view.num_kv_heads,
+            head_dim=head_dim,
+            # Every tile of queries lies within the array.
+            tokens=max(-(-tokens // BOX) * BOX, block_q),
+            block_q=block_q,
+            tiling=tiling,
+            scale=scale,
+            soft_cap=features.soft_cap,
+            window=view.window,
+            interpreted=bool(interpret),
+            layer_stride=columns.layer_stride,
+            v_column=columns.v_column,
+        )
 
     @property
     def zero_heads(self) -> int:
@@ -115,48 +155,52 @@ def run(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`."""
-    tokens, num_q_heads, head_dim = q.shape
+    tiling = tiling or tuned(Tiling(), "mosaic_prefill", q.shape[2], view.k.dtype)
+    shape = Shape.of(q, view, features, block_q=_BLOCK_Q, scale=scale, tiling=tiling, interpret=interpret)
+    kernel = functools.partial(_prefill, shape=shape, tiling=tiling, has_sinks=features.sinks is not None)
+    scratch = _scratch(shape, tiling, q.dtype)
+    return launch(kernel, scratch, _CONSUMERS + 1, shape, q, view, order, batch, features, interpret=interpret)
+
+
+def launch(
+    kernel: Callable[..., None],
+    scratch: dict[str, Any],
+    warpgroups: int,
+    shape: Shape,
+    q: jax.Array,
+    view: LayerView,
+    order: jax.Array,
+    batch: RaggedBatch,
+    features: Features,
+    *,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs a kernel that takes what `_prefill` does; returns `(out, order)`."""
+    tokens = q.shape[0]
     columns = Columns.of(view)
-    tiling = tiling or tuned(Tiling(), "mosaic_prefill", head_dim, view.k.dtype)
-    # Every tile of queries lies within the array.
-    padded = max(-(-tokens // BOX) * BOX, _BLOCK_Q)
-    shape = _Shape(
-        num_q_heads=num_q_heads,
-        group=num_q_heads // view.num_kv_heads,
-        head_dim=head_dim,
-        tokens=padded,
-        tiling=tiling,
-        scale=scale,
-        soft_cap=features.soft_cap,
-        window=view.window,
-        interpreted=bool(interpret),
-        layer_stride=columns.layer_stride,
-        v_column=columns.v_column,
-    )
-    schedule = _schedule(batch, view, features, shape, tokens, view.k.shape[1])
-    sinks = () if features.sinks is None else (features.sinks,)
+    tables = schedule(batch, view, features, shape, tokens, view.k.shape[1])
     out, order = plgpu.kernel(
-        functools.partial(_prefill, shape=shape, has_sinks=bool(sinks)),
+        kernel,
         out_type=(
-            jax.ShapeDtypeStruct((padded, num_q_heads, head_dim), q.dtype),
+            jax.ShapeDtypeStruct((shape.tokens, shape.num_q_heads, shape.head_dim), q.dtype),
             jax.ShapeDtypeStruct(order.shape, order.dtype),
         ),
-        scratch_types=_scratch(shape, q.dtype),
-        grid=(tiling.blocks,),
+        scratch_types=scratch,
+        grid=(shape.tiling.blocks,),
         grid_names=("block",),
-        num_threads=_CONSUMERS + 1,
+        num_threads=warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
         kernel_name="attention_prefill",
     )(
-        jnp.pad(q, ((0, padded - tokens), (0, 0), (0, 0))),
+        jnp.pad(q, ((0, shape.tokens - tokens), (0, 0), (0, 0))),
         columns.k,
         columns.v,
-        *schedule,
+        *tables,
         view.layer.reshape(1),
         order,
-        *sinks,
+        *(() if features.sinks is None else (features.sinks,)),
     )
     return out[:tokens], order
 
@@ -164,19 +208,19 @@ def run(
 # Schedule
 
 
-class _Schedule(NamedTuple):
+class Schedule(NamedTuple):
     """Who does what. It depends on no layer: XLA computes it once in a program."""
 
     tiles: jax.Array
-    """int32 `[tiles, _FIELDS]`: tiles of queries, those that see most keys first; a row is a `_Tile`."""
+    """int32 `[tiles, _FIELDS]`: tiles of queries, those that see most keys first; a row is a `Tile`."""
     gaps: jax.Array
     """int32 `[requests + 1, 2]`: first padding token and number of them, for each gap between requests."""
     counts: jax.Array
     """int32 `[2]`: rows of `tiles` and of `gaps` that are used."""
 
 
-class _Tile(NamedTuple):
-    """Of one tile of queries. The first `_BLOCK_Q` tokens from `token` on are its rows."""
+class Tile(NamedTuple):
+    """Of one tile of queries. The first `Shape.block_q` tokens from `token` on are its rows."""
 
     token: Any
     low: Any
@@ -196,25 +240,27 @@ class _Tile(NamedTuple):
     kv_len: Any
 
 
-def _schedule(
-    batch: RaggedBatch, view: LayerView, features: Features, shape: _Shape, tokens: int, slot_tokens: int
-) -> _Schedule:
+def schedule(
+    batch: RaggedBatch, view: LayerView, features: Features, shape: Shape, tokens: int, slot_tokens: int
+) -> Schedule:
+    """Tiles of queries of all requests, and what lies between these."""
+    block_q = shape.block_q
     slots = jnp.clip(batch.slots, 0, view.mapped.shape[1] - 1)
     # Boxes begin with a multiple of their size: one that begins before the first mapped token is not read.
     firsts = jnp.zeros_like(slots) if view.window is None else _up(view.mapped[0, slots])
     q_lens = jnp.where(batch.kv_lens > firsts, batch.q_lens, 0)
     starts, stops = batch.q_starts, batch.q_starts + q_lens
     # Tiles begin with a multiple of a box too.
-    counts = jnp.where(q_lens > 0, (starts % BOX + q_lens + _BLOCK_Q - 1) // _BLOCK_Q, 0)
+    counts = jnp.where(q_lens > 0, (starts % BOX + q_lens + block_q - 1) // block_q, 0)
     ends = jnp.cumsum(counts)
-    most = (tokens + (_BLOCK_Q + BOX - 2) * batch.num_requests) // _BLOCK_Q
+    most = (tokens + (block_q + BOX - 2) * batch.num_requests) // block_q
     tile = jnp.arange(most, dtype=jnp.int32)
     r = jnp.searchsorted(ends, tile, side="right", method="compare_all").astype(jnp.int32)
     r = jnp.minimum(r, batch.num_requests - 1)
-    begin_token = starts[r] // BOX * BOX + (tile - ends[r] + counts[r]) * _BLOCK_Q
-    token = jnp.clip(begin_token, 0, shape.tokens - _BLOCK_Q)
+    begin_token = starts[r] // BOX * BOX + (tile - ends[r] + counts[r]) * block_q
+    token = jnp.clip(begin_token, 0, shape.tokens - block_q)
     low = jnp.maximum(begin_token, starts[r]) - token
-    high = jnp.minimum(begin_token + _BLOCK_Q, stops[r]) - token
+    high = jnp.minimum(begin_token + block_q, stops[r]) - token
     kv_len = batch.kv_lens[r]
     position = kv_len - batch.q_lens[r] + token - starts[r]
     prefix = jnp.zeros_like(r) if features.prefix_lens is None else features.prefix_lens[r]
@@ -224,11 +270,11 @@ def _schedule(
     end = jnp.clip(jnp.maximum(position + high, prefix), begin + 1, kv_len)
     used = tile < ends[-1]
     blocks = jnp.where(used, (end - begin + shape.tiling.block_k - 1) // shape.tiling.block_k, 0)
-    rows = jnp.stack(_Tile(token, low, high, position, prefix, begin, blocks, slots[r] * slot_tokens, kv_len), axis=1)
+    rows = jnp.stack(Tile(token, low, high, position, prefix, begin, blocks, slots[r] * slot_tokens, kv_len), axis=1)
     rows = jnp.pad(rows, ((0, 0), (0, _FIELDS - rows.shape[1])))
     tiles = rows[_longest_first(blocks)]
     gaps, num_gaps = _gaps(starts, stops, tokens)
-    return _Schedule(tiles.astype(jnp.int32), gaps, jnp.stack([ends[-1], num_gaps]).astype(jnp.int32))
+    return Schedule(tiles.astype(jnp.int32), gaps, jnp.stack([ends[-1], num_gaps]).astype(jnp.int32))
 
 
 def _up(tokens: jax.Array) -> jax.Array:
@@ -257,78 +303,88 @@ def _gaps(starts: jax.Array, stops: jax.Array, tokens: int) -> tuple[jax.Array, 
 # Kernel
 
 
-def _scratch(shape: _Shape, dtype: Any) -> dict[str, Any]:
-    """Shared memory of a block."""
-    width = 128 // jnp.dtype(dtype).itemsize
-    transforms = (plgpu.TilingTransform((BOX, width)), plgpu.SwizzleTransform(128))
-    tiling, dim = shape.tiling, shape.head_dim
-
-    def tiles(*sizes: int):
-        return plgpu.SMEM((*sizes, dim), dtype, transforms=transforms)
-
+def buffers(shape: Shape, dtype: Any) -> dict[str, Any]:
+    """Shared memory of a block that `copy` and `fill_gaps` use, and what says that something is there."""
+    tiling = shape.tiling
     return {
-        "q_smem": tiles(tiling.q_stages, _BLOCK_Q),
-        "out_smem": tiles(_BLOCK_Q) if tiling.own_out else None,
-        "k_smem": tiles(tiling.stages, tiling.block_k),
-        "v_smem": tiles(tiling.stages, tiling.block_k),
+        "q_smem": swizzled(dtype, tiling.q_stages, shape.block_q, shape.head_dim),
+        "k_smem": swizzled(dtype, tiling.stages, tiling.block_k, shape.head_dim),
+        "v_smem": swizzled(dtype, tiling.stages, tiling.block_k, shape.head_dim),
         "tile_smem": plgpu.SMEM((tiling.q_stages, _FIELDS), jnp.int32),
-        "zero_smem": plgpu.SMEM((shape.zero_heads, dim), dtype),
+        "zero_smem": plgpu.SMEM((shape.zero_heads, shape.head_dim), dtype),
         "q_ready": plgpu.Barrier(num_arrivals=2, num_barriers=tiling.q_stages),
-        "q_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.q_stages),
         "k_ready": plgpu.Barrier(num_barriers=tiling.stages),
         "v_ready": plgpu.Barrier(num_barriers=tiling.stages),
         "tail_ready": plgpu.Barrier(num_arrivals=tiling.block_k // BOX, num_barriers=2),
+    }
+
+
+def swizzled(dtype: Any, *sizes: int) -> Any:
+    """Shared memory as tensor cores read it."""
+    transforms = (plgpu.TilingTransform((BOX, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(sizes, dtype, transforms=transforms)
+
+
+def _scratch(shape: Shape, tiling: Tiling, dtype: Any) -> dict[str, Any]:
+    """Shared memory of a block."""
+    return buffers(shape, dtype) | {
+        "out_smem": swizzled(dtype, _BLOCK_Q, shape.head_dim) if tiling.own_out else None,
+        "q_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.q_stages),
         "k_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
         "v_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
         "turn": plgpu.Barrier(num_barriers=_CONSUMERS),
     }
 
 
-def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, shape: _Shape, has_sinks: bool,
-             **scratch):  # fmt: skip
-    """One block; `_Schedule` has the tables, `_scratch` the rest.
+def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, shape: Shape, tiling: Tiling,
+             has_sinks: bool, **scratch):  # fmt: skip
+    """One block; `Schedule` has the tables, `_scratch` the rest.
 
     Args:
       q_ref: `[tokens, num_q_heads, head_dim]`.
       k_ref, v_ref: see `Columns`.
-      tiles, gaps, counts: see `_Schedule`.
+      tiles, gaps, counts: see `Schedule`.
       layer_ref: int32 `[1]`.
       order: int32 `[4]`: to have it makes the read come after the append that returned it.
       refs: sinks if there are any, out, and the order token once more: it comes out when the kernel is over.
     """
     *sinks, out_ref, order_out = refs
     warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-    work = _Work(tiles, counts[0] * shape.num_q_heads, block, shape)
+    work = Work(tiles, counts[0] * shape.num_q_heads, block, shape)
     layer = layer_ref[0] * shape.layer_stride
 
     @pl.when(warpgroup == _CONSUMERS)
     def _():
-        plgpu.set_max_registers(shape.tiling.registers[0], action="decrease")
-
-        @pl.when(block == 0)
-        def _():
-            for i in range(order.shape[0]):
-                order_out[i] = order[i]
-
-        count = _copy(work, layer, q_ref, k_ref, v_ref, **scratch)
-        _fill_gaps(gaps, counts[1], out_ref, block, shape, scratch["zero_smem"])
-        _drain(work, count, **scratch)
+        plgpu.set_max_registers(tiling.registers[0], action="decrease")
+        pass_on(order, order_out, block)
+        count = copy(work, layer, q_ref, k_ref, v_ref, **scratch)
+        fill_gaps(gaps, counts[1], out_ref, block, shape, scratch["zero_smem"])
+        drain(work, count, **scratch)
 
     @pl.when(warpgroup < _CONSUMERS)
     def _():
-        plgpu.set_max_registers(shape.tiling.registers[1], action="increase")
-        _multiply(work, warpgroup, sinks[0] if has_sinks else None, out_ref, **scratch)
+        plgpu.set_max_registers(tiling.registers[1], action="increase")
+        _multiply(work, tiling, warpgroup, sinks[0] if has_sinks else None, out_ref, **scratch)
+
+
+def pass_on(order, order_out, block) -> None:
+    """The first block copies the order token."""
+
+    @pl.when(block == 0)
+    def _():
+        for i in range(order.shape[0]):
+            order_out[i] = order[i]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Work:
+class Work:
     """What one block has to do: pairs of a tile of queries and a head, one after the other."""
 
     tiles: Any
     total: jax.Array
     """Of all blocks."""
     block: jax.Array
-    shape: _Shape
+    shape: Shape
 
     @property
     def count(self) -> jax.Array:
@@ -347,8 +403,8 @@ class _Work:
         return lax.div(item, self.shape.num_q_heads), lax.rem(item, self.shape.num_q_heads)
 
 
-def _copy(
-    work: _Work, layer, q_ref, k_ref, v_ref, *, q_smem, k_smem, v_smem, tile_smem, q_ready, q_free, k_ready, v_ready,
+def copy(
+    work: Work, layer, q_ref, k_ref, v_ref, *, q_smem, k_smem, v_smem, tile_smem, q_ready, q_free, k_ready, v_ready,
     tail_ready, k_free, v_free, **_,
 ):  # fmt: skip
     """The warpgroup that copies Q, K and V. Returns how many tiles of keys there were."""
@@ -357,14 +413,14 @@ def _copy(
 
     def item(i, count):
         index, head = work.item(i)
-        tile = _Tile(*(work.tiles[index, field] for field in range(len(_Tile._fields))))
+        tile = Tile(*(work.tiles[index, field] for field in range(len(Tile._fields))))
         stage = lax.rem(i, q_stages)
 
         @pl.when(i >= q_stages)
         def _():
             plgpu.barrier_wait(q_free.at[stage])
 
-        queries = pl.ds(pl.multiple_of(tile.token, BOX), _BLOCK_Q)
+        queries = pl.ds(pl.multiple_of(tile.token, BOX), shape.block_q)
         plgpu.copy_gmem_to_smem(work.tiles.at[index], tile_smem.at[stage], q_ready.at[stage])
         plgpu.copy_gmem_to_smem(q_ref.at[queries, head], q_smem.at[stage], q_ready.at[stage])
 
@@ -426,7 +482,7 @@ def _copy(
     return lax.fori_loop(0, work.count, item, jnp.int32(0))
 
 
-def _drain(work: _Work, count, *, q_free, k_free, v_free, **_) -> None:
+def drain(work: Work, count, *, q_free, k_free, v_free, **_) -> None:
     """Waits until the last of `count` tiles of keys and the queries are free again: barriers end as they began."""
     tiling = work.shape.tiling
 
@@ -441,7 +497,7 @@ def _drain(work: _Work, count, *, q_free, k_free, v_free, **_) -> None:
     lax.fori_loop(jnp.maximum(count - tiling.stages, 0), count, keys, None)
 
 
-def _clean(v, length, shape: _Shape) -> None:
+def _clean(v, length, shape: Shape) -> None:
     """Sets what lies behind the first `length` rows to 0: whatever it was, NaN too, times a weight of 0 must be 0."""
     width = 64
     at = plgpu.broadcasted_iota(jnp.int32, (ROWS, width), 0, layout=plgpu.Layout.WGMMA)
@@ -454,7 +510,7 @@ def _clean(v, length, shape: _Shape) -> None:
     plgpu.commit_smem()
 
 
-def _fill_gaps(gaps, num_gaps, out_ref, block, shape: _Shape, zero_smem) -> None:
+def fill_gaps(gaps, num_gaps, out_ref, block, shape: Shape, zero_smem) -> None:
     """Writes 0 to the rows of padding tokens, which the blocks share."""
     heads, parts = shape.zero_heads, shape.num_q_heads // shape.zero_heads
 
@@ -490,11 +546,11 @@ class _State(NamedTuple):
 
 
 def _multiply(
-    work: _Work, warpgroup, sinks, out_ref, *, q_smem, k_smem, v_smem, tile_smem, out_smem, q_ready, q_free, k_ready,
-    v_ready, k_free, v_free, turn, **_,
+    work: Work, tiling: Tiling, warpgroup, sinks, out_ref, *, q_smem, k_smem, v_smem, tile_smem, out_smem, q_ready,
+    q_free, k_ready, v_ready, k_free, v_free, turn, **_,
 ):  # fmt: skip
     """A warpgroup that computes."""
-    shape, tiling = work.shape, work.shape.tiling
+    shape = work.shape
     block_k, stages, head_dim = tiling.block_k, tiling.stages, shape.head_dim
     dtype = k_smem.dtype
     row_layout = plgpu.Layout.WGMMA.reduce(1)
@@ -509,7 +565,7 @@ def _multiply(
         head = work.item(i)[1]
         q_stage = lax.rem(i, tiling.q_stages)
         plgpu.barrier_wait(q_ready.at[q_stage])
-        tile = _Tile(*(tile_smem[q_stage, field] for field in range(len(_Tile._fields))))
+        tile = Tile(*(tile_smem[q_stage, field] for field in range(len(Tile._fields))))
         plgpu.commit_smem()  # reads by threads come before the next copy to the same place, which is no thread's
         q = q_smem.at[q_stage, own_rows]
         position = tile.position + warpgroup * ROWS
@@ -533,7 +589,7 @@ def _multiply(
             plgpu.barrier_arrive(k_free.at[stage_of(0)])
             return found
 
-        maximum = plgpu.layout_cast(jnp.full((ROWS,), _NOTHING, jnp.float32), row_layout)
+        maximum = plgpu.layout_cast(jnp.full((ROWS,), NOTHING, jnp.float32), row_layout)
         total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
         acc = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
         weights, maximum, shrink, total = softmax(first(), maximum, total, key_of(0), masked=True)
@@ -590,7 +646,7 @@ def _multiply(
             plgpu.wgmma_wait(0)
             return state._replace(acc=lax.optimization_barrier(state.acc))
 
-        low, high = _unmasked(tile, position, shape)
+        low, high = unmasked(tile, position, ROWS, shape)
         full, below = jnp.maximum(tile.blocks - high, 1), jnp.maximum(tile.blocks - low, 1)
         state = steps(1, full, state, masked=True)
         state = steps(full, below, state, masked=False)
@@ -612,12 +668,8 @@ def _multiply(
 
         acc = pl.run_scoped(finish, plgpu.ACC((ROWS, head_dim), jnp.float32))
         plgpu.barrier_arrive(v_free.at[stage_of(tile.blocks - 1)])
-        total = state.total
-        if sinks is not None:
-            factor = _factors(shape)[1]
-            total = total + jnp.exp2(sinks[head] * _LOG2_E - state.maximum * factor)
-        # A row that sees nothing, of no request, has total 0.
-        acc = acc * lax.broadcast_in_dim(1 / jnp.where(total == 0, 1, total), acc.shape, [0])
+        total = denominator(state.maximum, state.total, None if sinks is None else sinks[head], shape)
+        acc = acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])
         buffer = out_smem.at[own_rows] if tiling.own_out else q
         _store(acc.astype(dtype), buffer, out_ref, tile, head, warpgroup, shape)
         if not tiling.own_out:
@@ -635,18 +687,18 @@ def _multiply(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _unmasked(tile: _Tile, position, shape: _Shape) -> tuple[Any, Any]:
-    """Tiles of keys `low .. high - 1` that every row of a warpgroup sees all of."""
+def unmasked(tile: Tile, position, rows: int, shape: Shape) -> tuple[Any, Any]:
+    """Tiles of keys `low .. high - 1` that each of so many rows sees all of; `position` is that of the first."""
     block_k = shape.tiling.block_k
     seen = jnp.maximum(position + 1, tile.prefix) - tile.begin
     high = jnp.minimum(lax.div(jnp.maximum(seen, 0), block_k), tile.blocks)
     if shape.window is None:
         return jnp.int32(0), high
-    hidden = jnp.maximum(position + ROWS - shape.window - tile.begin, 0)
+    hidden = jnp.maximum(position + rows - shape.window - tile.begin, 0)
     return jnp.minimum(lax.div(hidden + block_k - 1, block_k), tile.blocks), high
 
 
-def _factors(shape: _Shape) -> tuple[float | None, float]:
+def factors(shape: Shape) -> tuple[float | None, float]:
     """Scores are products times the one, if there is no cap, and exponents of 2 are scores times the other."""
     if shape.soft_cap is not None:
         return None, 1.0
@@ -654,23 +706,46 @@ def _factors(shape: _Shape) -> tuple[float | None, float]:
     return (1.0, shape.scale * _LOG2_E) if shape.scale > 0 else (shape.scale * _LOG2_E, 1.0)
 
 
-def _softmax(products, maximum, total, key, *, tile: _Tile, position, shape: _Shape, masked: bool):
-    """Returns `(weights, maximum, factor of what was found so far, total)`. The first key is number `key`."""
-    first, factor = _factors(shape)
+def denominator(maximum, total, sink, shape: Shape):
+    """Of the softmax of each row, in the end."""
+    if sink is not None:
+        factor = factors(shape)[1]
+        total = total + jnp.exp2(sink * _LOG2_E - maximum * factor)
+    # A row that sees nothing, of no request, has total 0.
+    return jnp.where(total == 0, 1, total)
+
+
+def _softmax(products, maximum, total, key, *, tile: Tile, position, shape: Shape, masked: bool):
+    """See `softmax`. The first key is number `key`."""
+    visible = functools.partial(_visible, tile=tile, position=position, key=key, shape=shape) if masked else None
+    return softmax(products, maximum, total, shape, visible)
+
+
+def softmax(products, maximum, total, shape: Shape, visible: Callable[..., Any] | None, *, slack: float = 0.0):
+    """Returns `(weights, maximum, factor of what was found so far, total)`.
+
+    Args:
+      visible: puts minus infinity in the place of scores that a row does not see; None if it sees all.
+      slack: weights may grow up to 2 to the power of it before a new maximum takes the place of the old one.
+    """
+    first, factor = factors(shape)
     scores = products
     if shape.soft_cap is not None:
         scores = jnp.tanh(products * (shape.scale / shape.soft_cap)) * (shape.soft_cap * _LOG2_E)
     elif first != 1.0:
         scores = products * first
-    if masked:
-        scores = _visible(scores, tile, position, key, shape)
+    if visible is not None:
+        scores = visible(scores)
     new_maximum = jnp.maximum(maximum, scores.max(axis=1))
+    if slack:
+        # NaN, which is found for rows of no request, changes nothing.
+        new_maximum = jnp.where(new_maximum - maximum > slack / factor, new_maximum, maximum)
     shrink = jnp.exp2((maximum - new_maximum) * factor)
     weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_maximum * factor, scores.shape, [0]))
     return weights, new_maximum, shrink, total * shrink + weights.sum(axis=1)
 
 
-def _visible(scores, tile: _Tile, position, key, shape: _Shape):
+def _visible(scores, *, tile: Tile, position, key, shape: Shape):
     """`scores`, and minus infinity for keys, from number `key` on, that a row does not see."""
     layout = None if shape.interpreted else plgpu.Layout.WGMMA.reduce(1)
     row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout)
@@ -724,7 +799,7 @@ def _masked(scores, begin, end, *, has_begin: bool):
     return mask(scores, begin, end)
 
 
-def _store(result, buffer, out_ref, tile: _Tile, head, warpgroup, shape: _Shape) -> None:
+def _store(result, buffer, out_ref, tile: Tile, head, warpgroup, shape: Shape) -> None:
     """Writes the rows that belong to the request: through shared memory if all of them do."""
     first = warpgroup * ROWS
     low, high = jnp.maximum(tile.low - first, 0), jnp.minimum(tile.high - first, ROWS)
