@@ -55,8 +55,11 @@ def run(
 
 
 def default_tiling(head_dim: int) -> Tiling:
-    """Two tiles of K and V have to fit: of 128 keys, of which each costs less of what a tile costs, where they do."""
-    return Tiling(block_k=128 if head_dim <= 128 else 64, blocks=BLOCKS)
+    """Two tiles of K and V have to fit for each stream, and large ones cost less for a key.
+
+    Memory delivers a tile of 64 columns before one stream is done with the last.
+    """
+    return Tiling(block_k=128 if head_dim <= 128 else 64, streams=2 if head_dim <= 64 else 1, blocks=BLOCKS)
 
 
 class Tcgen05(mosaic_decode.Products):
