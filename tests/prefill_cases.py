@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 from caches import plain_cache
-from mosaic_interpreter import interpreter
+from mosaic_interpreter import assert_no_races, interpreter
 from reference_attention import reference_attention
 from test_attention import random_kv
 
@@ -58,6 +58,7 @@ def check(kernel, requests, **options) -> None:
         tiling=kernel.Tiling(**tiling), interpret=interpreter(),
     )  # fmt: skip
     np.testing.assert_array_equal(order, 0)
+    assert_no_races()
     out = np.array(out.astype(jnp.float32))
     for row, (q_len, _) in enumerate(requests):
         own = slice(starts[row], starts[row] + q_len)

@@ -6,8 +6,7 @@ import prefill_cases
 import pytest
 import test_attention as suite
 from caches import plain_cache
-from mosaic_interpreter import interpreter
-from reference_attention import reference_attention
+from decode_cases import check_decode
 
 from jax_vattention import KVCacheSpec, LayerGroup, attention
 from jax_vattention.attention import mosaic_decode, mosaic_prefill, pallas_mosaic
@@ -38,73 +37,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
     ids=str,
 )
 def test_in_the_interpreter(lengths, options):
-    options = {"head_dim": 64, "kv_heads": 2, "group": 4, "blocks": 2, "dtype": "bfloat16"} | options
-    params = interpreter()
-    requests, heads, group, dim = len(lengths), options["kv_heads"], options["group"], options["head_dim"]
-    q_lens = options.get("queries", [int(length > 0) for length in lengths])
-    window = options.get("window")
-    groups = () if window is None else (LayerGroup((0, 1), window=window),)
-    layout = options.get("layout", "token_major")
-    spec = KVCacheSpec(2, heads, dim, requests + 1, 704, options["dtype"], 4096, layout=layout, groups=groups)
-    rng = np.random.default_rng(0)
-    scales = rng.uniform(0.01, 0.1, (2, 2, heads)).astype(np.float32) if spec.quantized else None
-    # What no token was written to is NaN, and what lies behind a window, of which eights are mapped.
-    contents = {slot: suite.random_kv(rng, spec, length, scales) for slot, length in enumerate(lengths) if length}
-    seen = {}
-    for slot, kv in contents.items():
-        first = 0 if window is None else max(0, lengths[slot] - q_lens[slot] - window + 1)
-        kv[:first] = np.nan
-        seen[slot] = first // 8 * 8 + (window or 0) - 1
-    placed, table = contents, None
-    if options.get("paged"):
-        table = np.stack([rng.permutation(704 // 16) for _ in lengths])
-        placed = {slot: _shuffled(kv, table[slot]) for slot, kv in contents.items()}
-    cache = plain_cache(spec, placed, seen, scales)
-    tokens = sum(q_lens) + 2
-    q = jnp.asarray(rng.standard_normal((tokens, heads * group, dim)), suite.wide_dtype(spec))
-    batch = suite.make_batch(range(requests), q_lens, lengths, max_q_len=max(1, *q_lens))
-    sinks = jnp.asarray(rng.standard_normal(heads * group), jnp.float32) if options.get("sinks") else None
-    prefix = options.get("prefix")
-    features = Features(options.get("soft_cap"), sinks, None if prefix is None else jnp.asarray(prefix, jnp.int32))
-    out, order = mosaic_decode.run(
-        q,
-        cache.layer_view(1),
-        cache.order,
-        batch,
-        features,
-        scale=dim**-0.5,
-        tiling=mosaic_decode.Tiling(blocks=options["blocks"], streams=options.get("streams", 1)),
-        page_table=None if table is None else jnp.asarray(table, jnp.int32),
-        interpret=params,
-        interpret_tables=True,
-    )
-    np.testing.assert_array_equal(order, 0)
-    out = np.asarray(out.astype(jnp.float32))
-    np.testing.assert_array_equal(out[-2:], 0)
-    queries, at = np.asarray(q.astype(jnp.float32)), 0
-    for row, (length, count) in enumerate(zip(lengths, q_lens, strict=True)):
-        if not count:
-            continue
-        kv = contents[row][:, 1]
-        expected = reference_attention(
-            queries[at : at + count],
-            kv[:, 0],
-            kv[:, 1],
-            window=window,
-            soft_cap=options.get("soft_cap"),
-            sinks=sinks,
-            prefix_len=0 if prefix is None else min(prefix[row], length),
-        )
-        np.testing.assert_allclose(out[at : at + count], expected, atol=1e-2, rtol=1e-2)
-        at += count
-
-
-def _shuffled(kv, pages):
-    """`[tokens, ...]` with its token `16 * i + j` at `16 * pages[i] + j`, and NaN elsewhere."""
-    placed = np.full((len(pages) * 16, *kv.shape[1:]), np.nan, np.float32)
-    tokens = np.arange(len(kv))
-    placed[pages[tokens // 16] * 16 + tokens % 16] = kv
-    return placed
+    options = {"blocks": 2} | options
+    sizes = {name: options.pop(name) for name in ("blocks", "streams") if name in options}
+    check_decode(mosaic_decode.run, lengths, tiling=mosaic_decode.Tiling(**sizes), **options)
 
 
 def test_what_is_not_served_is_said_and_the_next_one_taken():

@@ -4,6 +4,7 @@ Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023) with the keys split evenly o
 
 A block holds streams, each a pair of warpgroups: one that copies tiles of K and V into shared memory with the tensor
 memory accelerator, and one that multiplies them with the query heads that share the KV head, as rows of one `wgmma`.
+How it multiplies is the one thing that other GPUs do in another way: see `Products`.
 
 What is not mapped is never addressed: a last tile is copied in boxes of `KV_TAIL_TOKENS` tokens, up to which the
 manager maps, and in the place of a box without a token of the request the first one is copied again.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,9 @@ from jax_vattention.cache import LayerView
 
 _LOG2_E = math.log2(math.e)
 
+Parts = tuple[jax.Array, ...]
+"""An array of `ROWS` rows in parts of `Products.width` columns each."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
@@ -47,7 +51,7 @@ class Tiling:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shape:
+class Shape:
     """Static sizes of a kernel."""
 
     num_kv_heads: int
@@ -114,6 +118,7 @@ class _Shape:
 
     @property
     def streams(self) -> int:
+        """Of all blocks."""
         return self.tiling.blocks * self.tiling.streams
 
     @property
@@ -125,6 +130,68 @@ class _Shape:
     def all_see_keys(self) -> bool:
         """Whether a row that sees none of a tile's keys has seen some before."""
         return self.one_limit and self.window is None
+
+
+class Products(Protocol):
+    """What the computing warpgroup of one stream multiplies with."""
+
+    def __init__(self, local: jax.Array, **memory: Any) -> None:
+        """Of the stream with this number in its block, with the block's memory."""
+
+    @staticmethod
+    def scratch(shape: Shape, dtype: Any) -> dict[str, Any]:
+        """Memory of a block that it needs besides, and what is to be otherwise; `dtype` is that of the queries."""
+
+    @staticmethod
+    def width(head_dim: int) -> int:
+        """Columns of each array in which the result is added up."""
+
+    def scores(self, q, k) -> jax.Array:
+        """`q @ k.T`, float32 `[ROWS, block_k]`; nothing reads `k` any more."""
+
+    def add(self, acc: Parts, shrink: jax.Array, weights: jax.Array, v) -> Parts:
+        """`acc * shrink + weights @ v`, float32; nothing reads `v` any more."""
+
+
+class Wgmma(Products):
+    """Those of a Hopper GPU, whose tensor cores add up in registers and take their left operand from them, too."""
+
+    def __init__(self, local: jax.Array) -> None:
+        del local
+
+    @staticmethod
+    def scratch(shape: Shape, dtype: Any) -> dict[str, Any]:
+        """Nothing."""
+        del shape, dtype
+        return {}
+
+    @staticmethod
+    def width(head_dim: int) -> int:
+        """All."""
+        return head_dim
+
+    def scores(self, q, k) -> jax.Array:
+        """See `Products`."""
+
+        def product(ref):
+            plgpu.wgmma(ref, q, k.transpose((1, 0)))
+            return ref[...]
+
+        return pl.run_scoped(product, plgpu.ACC((ROWS, k.shape[0]), jnp.float32))
+
+    def add(self, acc: Parts, shrink: jax.Array, weights: jax.Array, v) -> Parts:
+        """See `Products`."""
+
+        def product(ref):
+            plgpu.wgmma(ref, weights, v)
+            return ref[...]
+
+        [whole] = acc
+        whole *= lax.broadcast_in_dim(shrink, whole.shape, [0])
+        if (columns := whole.shape[1]) <= 128:
+            return (whole + pl.run_scoped(product, plgpu.ACC((ROWS, columns), jnp.float32)),)
+        # There are no registers for both. (The interpreter does not know this form.)
+        return (pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v))(plgpu.ACC.init(whole)),)
 
 
 def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
@@ -153,6 +220,7 @@ def run(
     scale: float,
     tiling: Tiling | None = None,
     page_table: jax.Array | None = None,
+    products: type[Products] = Wgmma,
     interpret: Any = False,
     interpret_tables: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -161,10 +229,11 @@ def run(
     Args:
       page_table: int32 `[requests, pages]`: where in its slot each `GRAIN` tokens of a request are, in as many tokens.
         Only to measure what the indirection of a paged cache costs (`benchmarks/decode.py`): ours needs none.
+      products: how the GPU multiplies.
     """
     num_kv_heads, columns = view.num_kv_heads, Columns.of(view)
     tiling = tiling or tuned(Tiling(), "mosaic_decode", q.shape[2], view.k.dtype)
-    shape = _Shape(
+    shape = Shape(
         num_kv_heads=num_kv_heads,
         group=q.shape[1] // num_kv_heads,
         head_dim=q.shape[2],
@@ -187,12 +256,12 @@ def run(
     pages = jnp.zeros((1, 1), jnp.int32) if page_table is None else page_table
     scales = jnp.ones(1, jnp.float32) if view.scale_table is None else view.scale_table.reshape(-1)
     parts, lse = plgpu.kernel(
-        functools.partial(_decode, shape=shape),
+        functools.partial(_decode, shape=shape, products=products),
         out_type=(
             jax.ShapeDtypeStruct((segments, shape.rows, shape.head_dim), jnp.float32),
             jax.ShapeDtypeStruct((segments, shape.rows), jnp.float32),
         ),
-        scratch_types=_scratch(shape, queries.dtype, view.k.dtype),
+        scratch_types=_scratch(shape, queries.dtype, view.k.dtype) | products.scratch(shape, queries.dtype),
         grid=(shape.tiling.blocks,),
         grid_names=("block",),
         num_threads=2 * shape.tiling.streams,
@@ -216,15 +285,12 @@ def run(
     )
 
 
-def _scratch(shape: _Shape, dtype: Any, kv_dtype: Any) -> dict[str, Any]:
+def _scratch(shape: Shape, dtype: Any, kv_dtype: Any) -> dict[str, Any]:
     """Shared memory of a block, for each stream."""
     streams, stages, block_k = shape.tiling.streams, shape.tiling.stages, shape.tiling.block_k
 
     def tiles(*sizes: int, dtype: Any = dtype):
-        swizzle = math.gcd(sizes[-1] * jnp.dtype(dtype).itemsize, 128)
-        width = swizzle // jnp.dtype(dtype).itemsize
-        transforms = (plgpu.TilingTransform((BOX, width)), plgpu.SwizzleTransform(swizzle))
-        return plgpu.SMEM((streams, *sizes), dtype, transforms=transforms)
+        return swizzled((streams, *sizes), dtype, sizes[-1])
 
     many = streams * stages
     return {
@@ -244,6 +310,14 @@ def _scratch(shape: _Shape, dtype: Any, kv_dtype: Any) -> dict[str, Any]:
     }
 
 
+def swizzled(sizes: tuple[int, ...], dtype: Any, together: int) -> Any:
+    """Shared memory in which as much of a row is swizzled as divides so many of its elements."""
+    swizzle = math.gcd(together * jnp.dtype(dtype).itemsize, 128)
+    width = swizzle // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((BOX, width)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(sizes, dtype, transforms=transforms)
+
+
 def _decode(
     q_ref,
     k_ref,
@@ -257,13 +331,14 @@ def _decode(
     parts_ref,
     lse_ref,
     *,
-    shape: _Shape,
+    shape: Shape,
+    products: type[Products],
     **scratch,
 ):
-    """One block; `decode_split.Split` has the tables, `_scratch` the rest.
+    """One block; `decode_split.Split` has the tables, `_scratch` and `Products.scratch` the rest.
 
     Args:
-      q_ref: see `_Shape.query_tiles`.
+      q_ref: see `Shape.query_tiles`.
       k_ref, v_ref: see `Columns`.
       scales: of each layer those of each head of K, then of V; used if they are float8.
       order: not used here: to have it makes the read come after the append that returned it.
@@ -284,7 +359,8 @@ def _decode(
     def _():
         if count > 1:
             plgpu.set_max_registers(208, action="increase")
-        _multiply(work, q_ref, scales, 2 * shape.num_kv_heads * layer_ref[0], parts_ref, lse_ref, **scratch)
+        first_scale = 2 * shape.num_kv_heads * layer_ref[0]
+        _multiply(work, products, q_ref, scales, first_scale, parts_ref, lse_ref, **scratch)
 
 
 class _Request(NamedTuple):
@@ -331,7 +407,7 @@ class _Work:
     streams: Any
     stream: jax.Array
     local: jax.Array
-    shape: _Shape
+    shape: Shape
 
     @property
     def first_pair(self) -> jax.Array:
@@ -436,11 +512,13 @@ def _copy(
 
 
 def _multiply(
-    work: _Work, q_ref, scales, first_scale, parts_ref, lse_ref, *, q_smem, k_smem, v_smem, out_smem, lse_smem,
-    q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, k_wide=None, v_wide=None,
+    work: _Work, products: type[Products], q_ref, scales, first_scale, parts_ref, lse_ref, *, q_smem, k_smem, v_smem,
+    out_smem, lse_smem, q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, k_wide=None,
+    v_wide=None, **memory,
 ):  # fmt: skip
     """The warpgroup that computes."""
     shape, local = work.shape, work.local
+    own, width = products(local, **memory), products.width(shape.head_dim)
     block_k, stages = shape.tiling.block_k, shape.tiling.stages
     out, lse = out_smem.at[local], lse_smem.at[local]
     used = pl.ds(0, shape.rows)
@@ -486,11 +564,7 @@ def _multiply(
                 plgpu.barrier_arrive(v_free.at[barrier])
                 k, v = k_wide.at[local], v_wide.at[local]
 
-            def scores(ref):
-                plgpu.wgmma(ref, q, k.transpose((1, 0)))
-                return ref[...]
-
-            qk = pl.run_scoped(scores, plgpu.ACC((ROWS, block_k), jnp.float32))
+            qk = own.scores(q, k)
             if not shape.quantized:
                 plgpu.barrier_arrive(k_free.at[barrier])
             if shape.soft_cap is None:
@@ -511,7 +585,7 @@ def _multiply(
                 _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
                 if masked:
                     _clear_unseen(v, piece, first)
-            acc = _add_product(acc * lax.broadcast_in_dim(shrink, acc.shape, [0]), weights, v)
+            acc = own.add(acc, shrink, weights, v)
             if not shape.quantized:
                 plgpu.barrier_arrive(v_free.at[barrier])
             return count + 1, new_maximum, total, acc
@@ -521,7 +595,10 @@ def _multiply(
             count,
             plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), row),
             plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row),
-            plgpu.layout_cast(jnp.zeros((ROWS, shape.head_dim), jnp.float32), plgpu.Layout.WGMMA),
+            tuple(
+                plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
+                for _ in range(0, shape.head_dim, width)
+            ),
         )
         masked_before, plain_end, tiles = _tile_kinds(shape, piece)
         if shape.window is not None:
@@ -532,13 +609,14 @@ def _multiply(
         @pl.when(piece.first < piece.end)
         def _():
             divisor = total if shape.all_see_keys else jnp.where(total == 0, jnp.ones_like(total), total)
-            result = acc / lax.broadcast_in_dim(divisor, acc.shape, [0])
+            result = tuple(part / lax.broadcast_in_dim(divisor, part.shape, [0]) for part in acc)
             if shape.quantized:
-                result = result * scales[first_scale + shape.num_kv_heads + piece.head]
+                result = tuple(part * scales[first_scale + shape.num_kv_heads + piece.head] for part in result)
             segment = piece.pair + work.stream
             for first in range(0, shape.head_dim, shape.out_columns):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out[...] = lax.slice(result, (0, first), (ROWS, first + shape.out_columns))
+                at = first % width
+                out[...] = lax.slice(result[first // width], (0, at), (ROWS, at + shape.out_columns))
                 if first == 0:
                     lse[...] = maximum + jnp.log2(total)
                 plgpu.commit_smem()
@@ -551,19 +629,6 @@ def _multiply(
 
     work.each_piece(piece, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
-
-
-def _add_product(acc, weights, v) -> jax.Array:
-    """`acc + weights @ v`, float32 `[ROWS, head_dim]`."""
-
-    def product(ref):
-        plgpu.wgmma(ref, weights, v)
-        return ref[...]
-
-    if acc.shape[1] <= 128:
-        return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
-    # There are no registers for both. (The interpreter does not know this form.)
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v))(plgpu.ACC.init(acc))
 
 
 def _wait(ready, tail_ready, barrier, is_tail, masked: bool) -> None:
@@ -581,7 +646,7 @@ def _wait(ready, tail_ready, barrier, is_tail, masked: bool) -> None:
         plgpu.barrier_wait(ready.at[barrier])
 
 
-def _tile_kinds(shape: _Shape, piece: _Piece) -> tuple[Any, jax.Array, jax.Array]:
+def _tile_kinds(shape: Shape, piece: _Piece) -> tuple[Any, jax.Array, jax.Array]:
     """Tiles `0 .. a - 1` need a mask, as `b .. c - 1` do; the ones between do not. Returns `(a, b, c)`."""
     block_k = shape.tiling.block_k
     tiles, whole = piece.tiles(block_k), piece.whole_tiles(block_k)
@@ -597,7 +662,7 @@ def _tile_kinds(shape: _Shape, piece: _Piece) -> tuple[Any, jax.Array, jax.Array
     return before, jnp.maximum(plain_end, before), tiles
 
 
-def _visible(shape: _Shape, piece: _Piece, first) -> jax.Array:
+def _visible(shape: Shape, piece: _Piece, first) -> jax.Array:
     """bool `[ROWS, block_k]`: which keys of the tile that begins with key `first` each row sees."""
     sizes = (ROWS, shape.tiling.block_k)
     keys = first + _iota(sizes, 1)

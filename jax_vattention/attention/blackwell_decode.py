@@ -1,0 +1,121 @@
+"""Decode attention through Pallas' Mosaic GPU backend: Blackwell datacentre GPUs (compute capability 10.0).
+
+The kernel of `mosaic_decode`, whose products are computed by `tcgen05.mma` in the tensor cores' own memory (TMEM), and
+read from there into the same registers in which a Hopper GPU computes them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_vattention.attention import mosaic_decode
+from jax_vattention.attention.features import Features
+from jax_vattention.attention.mosaic_decode import Parts, Shape, Tiling, swizzled
+from jax_vattention.attention.mosaic_decode import refusal as refusal
+from jax_vattention.attention.mosaic_view import ROWS
+from jax_vattention.batch import RaggedBatch
+from jax_vattention.cache import LayerView
+
+BLOCKS = 148
+"""Multiprocessors of a B200; a block fills one."""
+
+
+def run(
+    q: jax.Array,
+    view: LayerView,
+    order: jax.Array,
+    batch: RaggedBatch,
+    features: Features,
+    *,
+    scale: float,
+    tiling: Tiling | None = None,
+    interpret: Any = False,
+    interpret_tables: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `attention`; returns `(out, order)`."""
+    return mosaic_decode.run(
+        q,
+        view,
+        order,
+        batch,
+        features,
+        scale=scale,
+        tiling=default_tiling(q.shape[2]) if tiling is None else tiling,
+        products=Tcgen05,
+        interpret=interpret,
+        interpret_tables=interpret_tables,
+    )
+
+
+def default_tiling(head_dim: int) -> Tiling:
+    """Two tiles of K and V have to fit for each stream, and large ones cost less for a key.
+
+    Memory delivers a tile of 64 columns before one stream is done with the last.
+    """
+    return Tiling(block_k=128 if head_dim <= 128 else 64, streams=2 if head_dim <= 64 else 1, blocks=BLOCKS)
+
+
+class Tcgen05(mosaic_decode.Products):
+    """Those of a Blackwell GPU, whose tensor cores add up in TMEM, and take both operands from shared memory.
+
+    A product's 64 rows lie in all 128 lanes of TMEM, one half of its columns beside the other, and what is swizzled
+    together may not be in both halves.
+    """
+
+    def __init__(self, local: jax.Array, *, weights_smem, scores_tmem, sums_tmem, multiplied) -> None:
+        self._weights, self._multiplied = weights_smem.at[local], multiplied.at[local]
+        self._scores = scores_tmem.at[local]
+        self._sums = [sums_tmem.at[local, number] for number in range(sums_tmem.shape[1])]
+
+    @staticmethod
+    def scratch(shape: Shape, dtype: Any) -> dict[str, Any]:
+        """K and V, in shared memory that it can read, and what it computes."""
+        streams, block_k, head_dim = shape.tiling.streams, shape.tiling.block_k, shape.head_dim
+        width = Tcgen05.width(head_dim)
+        k, v = ("k_wide", "v_wide") if shape.quantized else ("k_smem", "v_smem")
+        tile = (block_k, head_dim) if shape.quantized else (shape.tiling.stages, block_k, head_dim)
+        return {
+            k: swizzled((streams, *tile), dtype, math.gcd(block_k // 2, head_dim)),
+            v: swizzled((streams, *tile), dtype, width // 2),
+            "weights_smem": swizzled((streams, ROWS, block_k), dtype, block_k),
+            "scores_tmem": plgpu.TMEM((streams, ROWS, block_k), jnp.float32),
+            "sums_tmem": plgpu.TMEM((streams, head_dim // width, ROWS, width), jnp.float32),
+            "multiplied": plgpu.Barrier(num_barriers=streams, orders_tensor_core=True),
+        }
+
+    @staticmethod
+    def width(head_dim: int) -> int:
+        """As many as a thread has registers for beside those of all others."""
+        return head_dim if head_dim <= 128 else math.gcd(head_dim, 128)
+
+    def scores(self, q, k) -> jax.Array:
+        """See `Products`."""
+        plgpu.tcgen05_mma(self._scores, q, k.transpose((1, 0)), self._multiplied, accumulate=False)
+        plgpu.barrier_wait(self._multiplied)
+        scores = plgpu.async_load_tmem(self._scores, layout=plgpu.Layout.WGMMA)
+        plgpu.wait_load_tmem()
+        return scores
+
+    def add(self, acc: Parts, shrink: jax.Array, weights: jax.Array, v) -> Parts:
+        """See `Products`."""
+        self._weights[...] = weights
+        plgpu.commit_smem()
+        for number, part in enumerate(acc):
+            columns = pl.ds(number * part.shape[1], part.shape[1])
+            plgpu.tcgen05_mma(self._sums[number], self._weights, v.at[:, columns], accumulate=False)
+        plgpu.tcgen05_commit_arrive(self._multiplied)
+        acc = tuple(part * lax.broadcast_in_dim(shrink, part.shape, [0]) for part in acc)  # meanwhile
+        plgpu.barrier_wait(self._multiplied)
+        acc = tuple(
+            part + plgpu.async_load_tmem(self._sums[number], layout=plgpu.Layout.WGMMA)
+            for number, part in enumerate(acc)
+        )
+        plgpu.wait_load_tmem()
+        return acc
