@@ -41,11 +41,13 @@ def assert_no_races() -> None:
 
 
 def _tell_columns_apart() -> None:
-    """Halves of the columns of a union are unions of their own, where an access is to one half."""
+    """Halves of the columns of a union in tensor memory are unions of their own, where an access is to one half."""
+    from jax._src.pallas.mosaic_gpu.core import MemorySpace
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
     from jax._src.pallas.mosaic_gpu.interpret.race_detection_state import GPURaceDetectionState as State
 
     whole = State._check_ref_union
+    tensor_memory = gpu_callbacks.memory.get_memory_space_idx(MemorySpace.TMEM)
 
     def checked(kind):
         per_buffer = getattr(super(State, State), kind)
@@ -53,6 +55,9 @@ def _tell_columns_apart() -> None:
         def check(self, thread, clock, key, access, source_info=None):
             per_buffer(self, thread, clock, key, access.range, source_info)
             if key not in self.ref_union_members:
+                return
+            if key.memory_space_id != tensor_memory:
+                whole(self, thread, clock, key, kind == "check_write", source_info)
                 return
             width = gpu_callbacks._get_shared_memory().buffer_shape_and_dtype(key).shape[-1]
             columns = access.range[-1]

@@ -1,5 +1,7 @@
 """The Hopper kernel, in Pallas' interpreter and on the GPU, by the cases and the reference of test_attention.py."""
 
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import prefill_cases
@@ -9,7 +11,7 @@ from caches import plain_cache
 from decode_cases import check_decode
 
 from jax_vattention import KVCacheSpec, LayerGroup, attention
-from jax_vattention.attention import mosaic_decode, mosaic_prefill, pallas_mosaic
+from jax_vattention.attention import mosaic_decode, mosaic_mixed, mosaic_prefill, pallas_mosaic
 from jax_vattention.attention.features import Features
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -149,3 +151,47 @@ def test_float8(head_dim, layout):
 )
 def test_prefill_in_the_interpreter(requests, options):
     prefill_cases.check(mosaic_prefill, requests, **options)
+
+
+# Both in one kernel
+
+
+@pytest.mark.parametrize(
+    ("requests", "flops_per_byte", "options"),
+    [
+        ([(5, 5), (1, 200), (0, 0), (150, 300), (1, 90), (1, 1)], 1e9, {"blocks": 3}),  # two blocks decode
+        ([(5, 5), (1, 200), (150, 300), (1, 90)], 1e-9, {"blocks": 3}),  # one does
+        ([(1, 130), (1, 8)], 1.0, {"layout": "layer_major", "group": 4}),
+        ([(40, 140), (0, 0)], 1.0, {}),
+        ([(40, 300), (1, 300), (1, 20)], 50.0, {"window": 50, "sinks": True, "soft_cap": 2.0}),
+        ([(40, 140), (1, 30), (1, 90)], 50.0, {"prefix_lens": [100, 30, 85], "head_dim": 128}),
+    ],
+    ids=str,
+)
+def test_mixed_in_the_interpreter(requests, flops_per_byte, options):
+    def run(*arguments, tiling, **also):
+        own = mosaic_mixed.Tiling(flops_per_byte, blocks=tiling.blocks)
+        return mosaic_mixed.run(*arguments, tiling=own, prefill_tiling=tiling, interpret_tables=True, **also)
+
+    prefill_cases.check(types.SimpleNamespace(run=run, Tiling=mosaic_prefill.Tiling), requests, **options)
+
+
+def test_blocks_are_shared_out_by_the_work_of_both_kinds():
+    """Of two equal tiles of 128 queries and 128 keys for 4 heads, and of decodes that read as many bytes as `keys`."""
+    spec = KVCacheSpec(1, 2, 64, 4, 4096, jnp.bfloat16, 4096)
+    view = plain_cache(spec, {}).layer_view(0)
+    q = jnp.zeros((256, 4, 64), jnp.bfloat16)
+    prefill = mosaic_prefill.shape_of(
+        q, view, Features(), scale=1.0, tiling=mosaic_prefill.Tiling(blocks=132), interpret=False
+    )
+    flops = 2 * 4 * (4 * 64 * 128 * 128)
+
+    def blocks(keys, tiles=2):
+        decodes = suite.make_batch([0, 1], [int(keys > 0), 0], [keys, 50])
+        decode = mosaic_decode.Shape.of(q, view, decodes, Features(), scale=1.0, tiling=mosaic_decode.Tiling())
+        schedule = mosaic_prefill.Schedule(jnp.ones((tiles, 32), jnp.int32), None, None)
+        flops_per_byte = flops / (1000 * 2 * 2 * 64 * 2)  # so that 1,000 keys weigh as much as the two tiles
+        return int(mosaic_mixed._decoding_blocks(decode, prefill, schedule, decodes, flops_per_byte, 2)[0])
+
+    assert [blocks(keys) for keys in (0, 1, 500, 1000, 3000, 1 << 20)] == [0, 1, 44, 66, 99, 131]
+    assert blocks(1000, tiles=0) == 131

@@ -121,7 +121,7 @@ def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, 
     """One block. Arguments are those of the Hopper kernel."""
     *sinks, out_ref, order_out = refs
     warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-    work = Work(tiles, counts[0] * shape.num_q_heads, block, shape)
+    work = Work(tiles, counts[0] * shape.num_q_heads, block, shape.tiling.blocks, shape)
 
     @pl.when(warpgroup < _TILES)
     def _():
@@ -134,7 +134,7 @@ def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, 
         mosaic_prefill.pass_on(order, order_out, block)
         layer = layer_ref[0] * shape.layer_stride
         count = mosaic_prefill.copy(work, layer, q_ref, k_ref, v_ref, **scratch)
-        mosaic_prefill.fill_gaps(gaps, counts[1], out_ref, block, shape, scratch["zero_smem"])
+        mosaic_prefill.fill_gaps(work, gaps, counts[1], out_ref, scratch["zero_smem"])
         mosaic_prefill.drain(work, count, **scratch)
 
     @pl.when(warpgroup == _MULTIPLIES)

@@ -39,7 +39,7 @@ _JOINED_ELEMENTS = 8192
 # Columns of `Split.requests`.
 TOKEN, ROW, QUERIES, LENGTH, LOWER, PREFIX = range(6)
 # Columns of `Split.streams`.
-FIRST_PAIR, FIRST_KEY, NUM_UNITS, NUM_PAIRS, ALL_UNITS = range(5)
+FIRST_PAIR, FIRST_KEY, NUM_UNITS, NUM_PAIRS, ALL_UNITS, _ACTIVE = range(6)
 # Columns of `Split.owners`.
 _REQUEST, _QUERY, _START, _UNITS = range(4)
 
@@ -55,7 +55,8 @@ class Split:
     """int32 `[requests, 8]`: first query token, row of token 0 in the view, queries, keys (0 without queries), the
     first key that its first query sees, and the length of its bidirectional prefix."""
     streams: jax.Array
-    """int32 `[streams, 8]`: first pair, first key of it, units, pairs, and the units of all requests of one head."""
+    """int32 `[streams, 8]`: first pair, first key of it, units, pairs, the units of all requests of one head, and how
+    many of the streams take part."""
     owners: jax.Array
     """int32 `[tokens, 4]`: the request whose query a token is, or -1; which of its queries; units of one head before
     that request; and its own units."""
@@ -67,9 +68,17 @@ def first_unit_key(lower: jax.Array) -> jax.Array:
 
 
 def split(
-    batch: RaggedBatch, view: LayerView, features: Features, *, tokens: int, heads: int, streams: int, interpret: bool
+    batch: RaggedBatch,
+    view: LayerView,
+    features: Features,
+    *,
+    tokens: int,
+    heads: int,
+    streams: int,
+    active: jax.Array | None = None,
+    interpret: bool,
 ) -> Split:
-    """Shares the keys of a batch out over `streams` streams."""
+    """Shares the keys of a batch out over `streams` streams, or the first `active` of them, int32 `[1]`."""
     slot_tokens = view.k.shape[1]
     slots = jnp.clip(batch.slots, 0, view.mapped.shape[1] - 1)
     mapped_first = None if view.window is None else view.mapped[0, slots]
@@ -85,13 +94,13 @@ def split(
         compiler_params=triton.CompilerParams(num_warps=4),
         interpret=interpret,
         name="attention_decode_schedule",
-    )(slots, batch.q_starts, batch.q_lens, batch.kv_lens, mapped_first, features.prefix_lens)
+    )(slots, batch.q_starts, batch.q_lens, batch.kv_lens, mapped_first, features.prefix_lens, active)
     return Split(requests, table, owners)
 
 
 def _schedule_kernel(
-    slots, q_starts, q_lens, kv_lens, mapped_first, prefix_lens, requests, streams, owners, *, chunk: int, heads: int,
-    slot_tokens: int, window: int | None,
+    slots, q_starts, q_lens, kv_lens, mapped_first, prefix_lens, active, requests, streams, owners, *, chunk: int,
+    heads: int, slot_tokens: int, window: int | None,
 ):  # fmt: skip
     """Each program makes `chunk` rows of the tables. Fused by XLA the same takes about twenty launches."""
     count = slots.shape[0]
@@ -122,8 +131,10 @@ def _schedule_kernel(
         """Of each line the sum of the `values` of the requests that `which` `[chunk, requests]` holds."""
         return jnp.sum(jnp.where(which, values[None, :], 0), axis=1)
 
-    each, more = _shares(total, heads, streams.shape[0])
+    taking_part = streams.shape[0] if active is None else active[0]
+    each, more = _shares(total, heads, taking_part)
     low, own = line * each + jnp.minimum(line, more), each + (line < more).astype(jnp.int32)
+    own = jnp.where(line < taking_part, own, 0)
 
     def pair_of(unit):
         """The pair of a unit, and which key is its first."""
@@ -136,7 +147,8 @@ def _schedule_kernel(
 
     (first, key), (last, _) = pair_of(low), pair_of(low + own - 1)
     pairs = jnp.where(own > 0, last - first + 1, 0)
-    for column, values in enumerate((first, key, own, pairs, jnp.broadcast_to(total, line.shape))):
+    same = (jnp.broadcast_to(each, line.shape) for each in (total, taking_part))
+    for column, values in enumerate((first, key, own, pairs, *same)):
         triton.store(streams.at[line, column], values, mask=line < streams.shape[0])
 
     owned = (line[:, None] >= starts[None, :]) & (line[:, None] < (starts + queries)[None, :]) & there[None, :]
@@ -148,7 +160,7 @@ def _schedule_kernel(
         triton.store(owners.at[line, column], values, mask=line < owners.shape[0])
 
 
-def _shares(total: jax.Array, heads: int, streams: int) -> tuple[jax.Array, jax.Array]:
+def _shares(total: jax.Array, heads: int, streams: Any) -> tuple[jax.Array, jax.Array]:
     """Units of each stream, and how many of the first streams take one more."""
     return total * heads // streams, total * heads % streams
 
@@ -201,7 +213,7 @@ def _join_kernel(_, owners, streams, parts, lse, sinks, __, out_ref, *, heads: i
     total = streams[0, ALL_UNITS]
     request, query, start, units = (owners[token, column] for column in range(4))
     unit = head * total + start
-    shares = _shares(total, heads, streams.shape[0])
+    shares = _shares(total, heads, streams[0, _ACTIVE])
     from_stream, to_stream = _stream_of(unit, *shares), _stream_of(unit + units - 1, *shares)
     first = head * num_requests + request + from_stream
     end = jnp.where(units > 0, first + to_stream - from_stream + 1, first)

@@ -72,6 +72,44 @@ class Shape:
     """See `Columns`, as for `v_column`."""
     v_column: int
 
+    @classmethod
+    def of(
+        cls,
+        q: jax.Array,
+        view: LayerView,
+        batch: RaggedBatch,
+        features: Features,
+        *,
+        scale: float,
+        tiling: Tiling,
+        paged: bool = False,
+    ) -> Shape:
+        """Those of a kernel for these arguments."""
+        columns = Columns.of(view)
+        return cls(
+            num_kv_heads=view.num_kv_heads,
+            group=q.shape[1] // view.num_kv_heads,
+            head_dim=q.shape[2],
+            queries=batch.max_q_len,
+            tiling=tiling,
+            scale=scale,
+            soft_cap=features.soft_cap,
+            window=view.window,
+            prefixes=features.prefix_lens is not None,
+            quantized=view.scale_table is not None,
+            paged=paged,
+            layer_stride=columns.layer_stride,
+            v_column=columns.v_column,
+        )
+
+    def results(self, batch: RaggedBatch) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """What the kernel writes for `decode_split.join`."""
+        segments = batch.num_requests * self.num_kv_heads + self.streams
+        return (
+            jax.ShapeDtypeStruct((segments, self.rows, self.head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((segments, self.rows), jnp.float32),
+        )
+
     @property
     def rows(self) -> int:
         """Rows of the query tile that are copied."""
@@ -233,35 +271,17 @@ def run(
     """
     num_kv_heads, columns = view.num_kv_heads, Columns.of(view)
     tiling = tiling or tuned(Tiling(), "mosaic_decode", q.shape[2], view.k.dtype)
-    shape = Shape(
-        num_kv_heads=num_kv_heads,
-        group=q.shape[1] // num_kv_heads,
-        head_dim=q.shape[2],
-        queries=batch.max_q_len,
-        tiling=tiling,
-        scale=scale,
-        soft_cap=features.soft_cap,
-        window=view.window,
-        prefixes=features.prefix_lens is not None,
-        quantized=view.scale_table is not None,
-        paged=page_table is not None,
-        layer_stride=columns.layer_stride,
-        v_column=columns.v_column,
-    )
+    shape = Shape.of(q, view, batch, features, scale=scale, tiling=tiling, paged=page_table is not None)
     split = tables.split(
         batch, view, features, tokens=q.shape[0], heads=num_kv_heads, streams=shape.streams, interpret=interpret_tables
     )
-    segments = batch.num_requests * num_kv_heads + shape.streams
     queries = q.astype(jnp.float16) if shape.quantized else q
     pages = jnp.zeros((1, 1), jnp.int32) if page_table is None else page_table
     scales = jnp.ones(1, jnp.float32) if view.scale_table is None else view.scale_table.reshape(-1)
     parts, lse = plgpu.kernel(
         functools.partial(_decode, shape=shape, products=products),
-        out_type=(
-            jax.ShapeDtypeStruct((segments, shape.rows, shape.head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((segments, shape.rows), jnp.float32),
-        ),
-        scratch_types=_scratch(shape, queries.dtype, view.k.dtype) | products.scratch(shape, queries.dtype),
+        out_type=shape.results(batch),
+        scratch_types=scratch_types(shape, queries.dtype, view.k.dtype) | products.scratch(shape, queries.dtype),
         grid=(shape.tiling.blocks,),
         grid_names=("block",),
         num_threads=2 * shape.tiling.streams,
@@ -285,7 +305,7 @@ def run(
     )
 
 
-def _scratch(shape: Shape, dtype: Any, kv_dtype: Any) -> dict[str, Any]:
+def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any) -> dict[str, Any]:
     """Shared memory of a block, for each stream."""
     streams, stages, block_k = shape.tiling.streams, shape.tiling.stages, shape.tiling.block_k
 
@@ -335,7 +355,7 @@ def _decode(
     products: type[Products],
     **scratch,
 ):
-    """One block; `decode_split.Split` has the tables, `_scratch` and `Products.scratch` the rest.
+    """One block; `decode_split.Split` has the tables, `scratch_types` and `Products.scratch` the rest.
 
     Args:
       q_ref: see `Shape.query_tiles`.
@@ -347,20 +367,20 @@ def _decode(
     del order
     warpgroup, count = lax.axis_index("warpgroup"), shape.tiling.streams
     local = lax.rem(warpgroup, count)
-    work = _Work(requests, streams, lax.axis_index("block") * count + local, local, shape)
+    work = Work(requests, streams, lax.axis_index("block") * count + local, local, shape)
 
     @pl.when(warpgroup >= count)
     def _():
         if count > 1:  # as one stream's two warpgroups each have all the registers that a thread can have
             plgpu.set_max_registers(40, action="decrease")
-        _copy(work, layer_ref[0] * shape.layer_stride, k_ref, v_ref, pages, **scratch)
+        copy(work, layer_ref[0] * shape.layer_stride, k_ref, v_ref, pages, **scratch)
 
     @pl.when(warpgroup < count)
     def _():
         if count > 1:
             plgpu.set_max_registers(208, action="increase")
         first_scale = 2 * shape.num_kv_heads * layer_ref[0]
-        _multiply(work, products, q_ref, scales, first_scale, parts_ref, lse_ref, **scratch)
+        multiply(work, products, q_ref, scales, first_scale, parts_ref, lse_ref, **scratch)
 
 
 class _Request(NamedTuple):
@@ -400,7 +420,7 @@ class _Piece(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Work:
+class Work:
     """What one stream has to do: its part of the row of keys, piece by piece."""
 
     requests: Any
@@ -411,10 +431,12 @@ class _Work:
 
     @property
     def first_pair(self) -> jax.Array:
+        """With which it begins."""
         return self.streams[self.stream, tables.FIRST_PAIR]
 
     @property
     def num_pairs(self) -> jax.Array:
+        """Of which it has keys."""
         return self.streams[self.stream, tables.NUM_PAIRS]
 
     def each_piece(self, body, carry):
@@ -438,8 +460,8 @@ class _Work:
         return lax.fori_loop(0, self.num_pairs, step, state)[-1]
 
 
-def _copy(
-    work: _Work,
+def copy(
+    work: Work,
     layer,
     k_ref,
     v_ref,
@@ -511,8 +533,8 @@ def _copy(
     lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
 
 
-def _multiply(
-    work: _Work, products: type[Products], q_ref, scales, first_scale, parts_ref, lse_ref, *, q_smem, k_smem, v_smem,
+def multiply(
+    work: Work, products: type[Products], q_ref, scales, first_scale, parts_ref, lse_ref, *, q_smem, k_smem, v_smem,
     out_smem, lse_smem, q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, k_wide=None,
     v_wide=None, **memory,
 ):  # fmt: skip

@@ -156,10 +156,17 @@ def run(
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`."""
     tiling = tiling or tuned(Tiling(), "mosaic_prefill", q.shape[2], view.k.dtype)
-    shape = Shape.of(q, view, features, block_q=_BLOCK_Q, scale=scale, tiling=tiling, interpret=interpret)
+    shape = shape_of(q, view, features, scale=scale, tiling=tiling, interpret=interpret)
     kernel = functools.partial(_prefill, shape=shape, tiling=tiling, has_sinks=features.sinks is not None)
-    scratch = _scratch(shape, tiling, q.dtype)
-    return launch(kernel, scratch, _CONSUMERS + 1, shape, q, view, order, batch, features, interpret=interpret)
+    types = scratch_types(shape, tiling, q.dtype)
+    return launch(kernel, types, _CONSUMERS + 1, shape, q, view, order, batch, features, interpret=interpret)
+
+
+def shape_of(
+    q: jax.Array, view: LayerView, features: Features, *, scale: float, tiling: Tiling, interpret: Any
+) -> Shape:
+    """That of this kernel."""
+    return Shape.of(q, view, features, block_q=_BLOCK_Q, scale=scale, tiling=tiling, interpret=interpret)
 
 
 def launch(
@@ -181,10 +188,7 @@ def launch(
     tables = schedule(batch, view, features, shape, tokens, view.k.shape[1])
     out, order = plgpu.kernel(
         kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((shape.tokens, shape.num_q_heads, shape.head_dim), q.dtype),
-            jax.ShapeDtypeStruct(order.shape, order.dtype),
-        ),
+        out_type=results(shape, q, order),
         scratch_types=scratch,
         grid=(shape.tiling.blocks,),
         grid_names=("block",),
@@ -194,7 +198,7 @@ def launch(
         interpret=interpret,
         kernel_name="attention_prefill",
     )(
-        jnp.pad(q, ((0, shape.tokens - tokens), (0, 0), (0, 0))),
+        padded(q, shape),
         columns.k,
         columns.v,
         *tables,
@@ -203,6 +207,17 @@ def launch(
         *(() if features.sinks is None else (features.sinks,)),
     )
     return out[:tokens], order
+
+
+def results(shape: Shape, q: jax.Array, order: jax.Array) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """What a kernel writes: a row for each query, padded, and the order token."""
+    rows = jax.ShapeDtypeStruct((shape.tokens, shape.num_q_heads, shape.head_dim), q.dtype)
+    return rows, jax.ShapeDtypeStruct(order.shape, order.dtype)
+
+
+def padded(q: jax.Array, shape: Shape) -> jax.Array:
+    """Queries as a kernel takes them."""
+    return jnp.pad(q, ((0, shape.tokens - q.shape[0]), (0, 0), (0, 0)))
 
 
 # Schedule
@@ -325,20 +340,24 @@ def swizzled(dtype: Any, *sizes: int) -> Any:
     return plgpu.SMEM(sizes, dtype, transforms=transforms)
 
 
-def _scratch(shape: Shape, tiling: Tiling, dtype: Any) -> dict[str, Any]:
+def scratch_types(shape: Shape, tiling: Tiling, dtype: Any) -> dict[str, Any]:
     """Shared memory of a block."""
-    return buffers(shape, dtype) | {
-        "out_smem": swizzled(dtype, _BLOCK_Q, shape.head_dim) if tiling.own_out else None,
-        "q_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.q_stages),
-        "k_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
-        "v_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
-        "turn": plgpu.Barrier(num_barriers=_CONSUMERS),
-    }
+    out = {"out_smem": swizzled(dtype, _BLOCK_Q, shape.head_dim)} if tiling.own_out else {}
+    return (
+        buffers(shape, dtype)
+        | out
+        | {
+            "q_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.q_stages),
+            "k_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
+            "v_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
+            "turn": plgpu.Barrier(num_barriers=_CONSUMERS),
+        }
+    )
 
 
 def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, shape: Shape, tiling: Tiling,
              has_sinks: bool, **scratch):  # fmt: skip
-    """One block; `Schedule` has the tables, `_scratch` the rest.
+    """One block; `Schedule` has the tables, `scratch_types` the rest.
 
     Args:
       q_ref: `[tokens, num_q_heads, head_dim]`.
@@ -350,7 +369,7 @@ def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, 
     """
     *sinks, out_ref, order_out = refs
     warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-    work = Work(tiles, counts[0] * shape.num_q_heads, block, shape)
+    work = Work(tiles, counts[0] * shape.num_q_heads, block, shape.tiling.blocks, shape)
     layer = layer_ref[0] * shape.layer_stride
 
     @pl.when(warpgroup == _CONSUMERS)
@@ -358,13 +377,13 @@ def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, 
         plgpu.set_max_registers(tiling.registers[0], action="decrease")
         pass_on(order, order_out, block)
         count = copy(work, layer, q_ref, k_ref, v_ref, **scratch)
-        fill_gaps(gaps, counts[1], out_ref, block, shape, scratch["zero_smem"])
+        fill_gaps(work, gaps, counts[1], out_ref, scratch["zero_smem"])
         drain(work, count, **scratch)
 
     @pl.when(warpgroup < _CONSUMERS)
     def _():
         plgpu.set_max_registers(tiling.registers[1], action="increase")
-        _multiply(work, tiling, warpgroup, sinks[0] if has_sinks else None, out_ref, **scratch)
+        multiply(work, tiling, warpgroup, sinks[0] if has_sinks else None, out_ref, **scratch)
 
 
 def pass_on(order, order_out, block) -> None:
@@ -384,22 +403,23 @@ class Work:
     total: jax.Array
     """Of all blocks."""
     block: jax.Array
+    blocks: Any
+    """That share the work; an int, or known to the GPU only."""
     shape: Shape
 
     @property
     def count(self) -> jax.Array:
         """Of this block."""
-        blocks = self.shape.tiling.blocks
-        rounds = lax.div(self.total, blocks)
-        return rounds + (self._within(rounds) < lax.rem(self.total, blocks)).astype(jnp.int32)
+        rounds = lax.div(self.total, self.blocks)
+        return rounds + (self._within(rounds) < lax.rem(self.total, self.blocks)).astype(jnp.int32)
 
     def _within(self, i) -> jax.Array:
         """Longest first, and every other round in reverse, like a snake: no block gets the longer ones every time."""
-        return jnp.where(lax.rem(i, 2) == 0, self.block, self.shape.tiling.blocks - 1 - self.block)
+        return jnp.where(lax.rem(i, 2) == 0, self.block, self.blocks - 1 - self.block)
 
     def item(self, i) -> tuple[jax.Array, jax.Array]:
         """Row of `tiles` and query head of number `i`. Heads that share a KV head are neighbours: L2 has their keys."""
-        item = i * self.shape.tiling.blocks + self._within(i)
+        item = i * self.blocks + self._within(i)
         return lax.div(item, self.shape.num_q_heads), lax.rem(item, self.shape.num_q_heads)
 
 
@@ -510,9 +530,10 @@ def _clean(v, length, shape: Shape) -> None:
     plgpu.commit_smem()
 
 
-def fill_gaps(gaps, num_gaps, out_ref, block, shape: Shape, zero_smem) -> None:
+def fill_gaps(work: Work, gaps, num_gaps, out_ref, zero_smem) -> None:
     """Writes 0 to the rows of padding tokens, which the blocks share."""
-    heads, parts = shape.zero_heads, shape.num_q_heads // shape.zero_heads
+    heads, blocks = work.shape.zero_heads, work.blocks
+    parts = work.shape.num_q_heads // heads
 
     @pl.when(num_gaps > 0)
     def _():
@@ -524,12 +545,11 @@ def fill_gaps(gaps, num_gaps, out_ref, block, shape: Shape, zero_smem) -> None:
             first, size = gaps[g, 0], gaps[g, 1]
 
             def part(i, _):
-                each = block + i * shape.tiling.blocks
+                each = work.block + i * blocks
                 at = out_ref.at[first + lax.div(each, parts), pl.ds(lax.rem(each, parts) * heads, heads)]
                 plgpu.copy_smem_to_gmem(zero_smem, at)
 
-            blocks = shape.tiling.blocks
-            lax.fori_loop(0, lax.div(jnp.maximum(size * parts - block, 0) + blocks - 1, blocks), part, None)
+            lax.fori_loop(0, lax.div(jnp.maximum(size * parts - work.block, 0) + blocks - 1, blocks), part, None)
 
         lax.fori_loop(0, num_gaps, gap, None)
         plgpu.wait_smem_to_gmem(0)
@@ -545,9 +565,9 @@ class _State(NamedTuple):
     shrink: Any  # [ROWS]
 
 
-def _multiply(
-    work: Work, tiling: Tiling, warpgroup, sinks, out_ref, *, q_smem, k_smem, v_smem, tile_smem, out_smem, q_ready,
-    q_free, k_ready, v_ready, k_free, v_free, turn, **_,
+def multiply(
+    work: Work, tiling: Tiling, warpgroup, sinks, out_ref, *, q_smem, k_smem, v_smem, tile_smem, q_ready,
+    q_free, k_ready, v_ready, k_free, v_free, turn, out_smem=None, **_,
 ):  # fmt: skip
     """A warpgroup that computes."""
     shape = work.shape

@@ -11,9 +11,8 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jax_vattention.attention import mosaic_decode, mosaic_prefill, mosaic_view
+from jax_vattention.attention import mosaic_decode, mosaic_mixed, mosaic_prefill, mosaic_view
 from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
@@ -60,14 +59,11 @@ def run(
         return mosaic_decode.run(q, view, order, batch, features, scale=scale, **options)
     if batch.num_requests == 1:
         return mosaic_prefill.run(q, view, order, batch, features, scale=scale, **options)
-    alone = batch.q_lens == 1
-    decodes = RaggedBatch.decode(batch.slots, batch.kv_lens, alone)
-    first = jnp.clip(batch.q_starts, 0, q.shape[0] - 1)
+    decodes, first, chunks = mosaic_mixed.parted(q, batch)
     one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
     decoded, order = mosaic_decode.run(q[first], view, order, decodes, one, scale=scale, **options)
-    chunks = dataclasses.replace(batch, q_lens=jnp.where(alone, 0, batch.q_lens))
     out, order = mosaic_prefill.run(q, view, order, chunks, features, scale=scale, **options)
-    return out.at[jnp.where(alone, batch.q_starts, q.shape[0])].set(decoded, mode="drop"), order
+    return mosaic_mixed.placed(decoded, out, batch), order
 
 
 def _few_queries(q: jax.Array, view: LayerView, batch: RaggedBatch) -> bool:
