@@ -5,11 +5,14 @@ beside a call for each.
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import Any
 
 from benchmarks import _attention, _machine
-from benchmarks._attention import Outcome, Work
+from benchmarks._attention import Outcome, Timer, Work
 from benchmarks._report import Column, Report, Table
+from jax_vattention import KVCacheManager
+from jax_vattention.attention import mosaic_mixed
 
 _PARTS = {"mixed": slice(None), "chunk": slice(0, 1), "decodes": slice(1, None)}
 
@@ -30,13 +33,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _attention.add_arguments(parser)
 
 
+def _time_one_kernel(manager: KVCacheManager, work: Work, *rest: Any) -> Outcome:
+    """The parts alone through the kernels that are made for them, which the one kernel is to be compared with."""
+    attend = functools.partial(_attention.attend, implementation="mosaic")
+    if min(work.q_lens) == 1 < max(work.q_lens):
+        attend = functools.partial(_attention.attend_through, mosaic_mixed.run)
+    return _attention.time_program(attend, manager, work, *rest)
+
+
+_ALSO: dict[str, Timer] = {"mosaic in one kernel": _time_one_kernel}
+
+
 def run(arguments: argparse.Namespace) -> Report:
     sizes, seconds, names = _attention.checked(arguments)
     others = _machine.OtherLoad()
     rows, limit = [], _attention.Limit(arguments.limit)
     for work in _attention.chosen(works(arguments.shapes), arguments.only):
         for layout in arguments.layouts:
-            found = _attention.time_ours(work, _PARTS, sizes, layout, names, seconds, limit=limit)
+            found = _attention.time_ours(
+                work, _PARTS, sizes, layout, names, seconds, also=_ALSO if "mosaic" in names else None, limit=limit
+            )
             rows += [_row(work, f"{name}, {layout}", outcomes) for name, outcomes in found.items()]
     table = Table("A prefill chunk and decodes, µs of one layer", _COLUMNS, tuple(rows))
     return _attention.report("mixed", arguments, (table,), _NOTES, others)
@@ -71,6 +87,7 @@ _COLUMNS = (
 _NOTES = (
     "chunk: queries at an offset in their prompt. mixed: both in one call of attention(), with one max_q_len for all, "
     "that of the chunk.",
+    "in one kernel: some blocks decode while the others prefill; attention() takes two kernels, one after the other.",
     "mixed / larger: 1 if the shorter of the two is hidden behind the longer. mixed / sum: above 1 if two calls would "
     "be faster.",
 )
