@@ -21,10 +21,10 @@ from jax_vattention.attention.features import Features
         ([(130, 259)], {"head_dim": 128, "dtype": "float16", "block_k": 128, "group": 1}),
         ([(40, 300), (30, 33)], {"window": 50, "group": 1}),
         ([(40, 140), (70, 70), (30, 90)], {"prefix_lens": [100, 200, 85], "group": 1}),
-        ([(40, 140)], {"soft_cap": 2.0, "sinks": True, "kv_heads": 1}),
-        ([(0, 0), (0, 0)], {"kv_heads": 1}),
+        # One block has nothing to do.
+        ([(40, 140)], {"soft_cap": 2.0, "sinks": True, "kv_heads": 1, "group": 1}),
         # Scores that differ so much that results are scaled down, and many buffers.
-        ([(150, 300)], {"scale": -2.0, "group": 3, "kv_heads": 1, "q_stages": 2, "stages": 3}),
+        ([(150, 300)], {"scale": -2.0, "kv_heads": 1, "q_stages": 2, "stages": 3}),
     ],
     ids=str,
 )
@@ -58,11 +58,9 @@ VARIANTS = {
     "head_dim 64": {"head_dim": 64},
     "head_dim 128": {},
     "head_dim 64, layer_major": {"head_dim": 64, "layout": "layer_major"},
-    "head_dim 128, layer_major": {"layout": "layer_major", "dtype": jnp.float16},
+    "head_dim 128, layer_major, negative scale": {"layout": "layer_major", "dtype": jnp.float16, "scale": -0.1},
     "window, cap and sinks": {"window": 500, "features": ("soft_cap", "sinks")},
-    "head_dim 64, window": {"head_dim": 64, "window": 500},
-    "all but a window": {"features": ("soft_cap", "sinks", "prefix_lens")},
-    "prefix, negative scale": {"features": ("prefix_lens",), "scale": -0.1},
+    "all but a window": {"head_dim": 64, "features": ("soft_cap", "sinks", "prefix_lens")},
 }
 
 

@@ -168,8 +168,7 @@ def _multiply(
     def item(i, count):
         q_stage = lax.rem(i, tiling.q_stages)
         plgpu.barrier_wait(q_ready.at[q_stage])
-        blocks = tile_smem[q_stage, Tile._fields.index("blocks")]
-        plgpu.commit_smem()  # the next copy must not overtake this read
+        tile = _tile(tile_smem, q_stage)
 
         def stage_of(t):
             return lax.rem(count + t, tiling.stages)
@@ -180,41 +179,62 @@ def _multiply(
             k = k_smem.at[stage_of(t)].transpose((1, 0))
             plgpu.tcgen05_mma(columns[index][0], q, k, scores_ready.at[index], accumulate=False)
 
+        def added(index):
+            """Waits until such a product is there."""
+            plgpu.barrier_wait(acc_ready.at[index])
+
+        def score_next(t, index):
+            added(index)
+            score(t, index)
+
         def add(t, index):
             """Begins to add the product of the weights of tile `t` with V."""
             _, weights, acc = columns[index]
             plgpu.barrier_wait(weights_ready.at[index])
             plgpu.tcgen05_mma(acc, weights, v_smem.at[stage_of(t)], acc_ready.at[index], accumulate=t > 0)
 
+        def where_used(index, do, *args):
+            pl.when(_used(tile, index))(functools.partial(do, *args, index))
+
         plgpu.barrier_wait(k_ready.at[stage_of(0)])
         for index in range(_TILES):
-            pl.when(i > 0)(functools.partial(plgpu.barrier_wait, acc_ready.at[index]))
-            score(0, index)
+            where_used(index, score, 0)
         plgpu.tcgen05_commit_arrive(k_free.at[stage_of(0)])
 
         def step(t, _):
             plgpu.barrier_wait(v_ready.at[stage_of(t)])
             for index in range(_TILES):
-                add(t, index)
+                where_used(index, add, t)
                 if index == 0:
                     plgpu.barrier_wait(k_ready.at[stage_of(t + 1)])
                 if index == _TILES - 1:
                     plgpu.tcgen05_commit_arrive(v_free.at[stage_of(t)])
-                plgpu.barrier_wait(acc_ready.at[index])
-                score(t + 1, index)
+                where_used(index, score_next, t + 1)
             plgpu.tcgen05_commit_arrive(k_free.at[stage_of(t + 1)])
 
-        lax.fori_loop(0, blocks - 1, step, None)
+        lax.fori_loop(0, tile.blocks - 1, step, None)
         plgpu.tcgen05_commit_arrive(q_free.at[q_stage])
-        plgpu.barrier_wait(v_ready.at[stage_of(blocks - 1)])
+        plgpu.barrier_wait(v_ready.at[stage_of(tile.blocks - 1)])
         for index in range(_TILES):
-            add(blocks - 1, index)
-        plgpu.tcgen05_commit_arrive(v_free.at[stage_of(blocks - 1)])
-        return count + blocks
+            where_used(index, add, tile.blocks - 1)
+        plgpu.tcgen05_commit_arrive(v_free.at[stage_of(tile.blocks - 1)])
+        for index in range(_TILES):
+            where_used(index, added)
+        return count + tile.blocks
 
     lax.fori_loop(0, work.count, item, jnp.int32(0))
-    for index in range(_TILES):
-        pl.when(work.count > 0)(functools.partial(plgpu.barrier_wait, acc_ready.at[index]))
+
+
+def _tile(tile_smem, q_stage) -> Tile:
+    """What the numbers in shared memory say. The next ones may be copied there from then on."""
+    tile = Tile(*(tile_smem[q_stage, field] for field in range(len(Tile._fields))))
+    plgpu.commit_smem()  # or copies, which another part of the GPU makes, could overtake these reads
+    return tile
+
+
+def _used(tile: Tile, index):
+    """Whether the request has rows in this one of the tiles of queries."""
+    return (tile.low < (index + 1) * ROWS) & (tile.high > index * ROWS)
 
 
 def _weigh(
@@ -225,13 +245,7 @@ def _weigh(
     shape, tiling = work.shape, work.shape.tiling
     scores_ref, weights_ref, acc_ref = _columns(shape, score_tmem, acc_tmem, warpgroup)
 
-    def item(i, _):
-        head = work.item(i)[1]
-        q_stage = lax.rem(i, tiling.q_stages)
-        plgpu.barrier_wait(q_ready.at[q_stage])
-        tile = Tile(*(tile_smem[q_stage, field] for field in range(len(Tile._fields))))
-        plgpu.commit_smem()  # the next copy must not overtake these reads
-        plgpu.barrier_arrive(q_free.at[q_stage])
+    def attend(tile: Tile, head):
         position = tile.position + warpgroup * ROWS
 
         def step(t, state, *, masked: bool):
@@ -271,6 +285,14 @@ def _weigh(
         acc = _load(acc_ref, shape)
         acc = acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])
         _store(acc.astype(out_ref.dtype), row_smem, out_ref, tile, head, warpgroup, shape)
+
+    def item(i, _):
+        head = work.item(i)[1]
+        q_stage = lax.rem(i, tiling.q_stages)
+        plgpu.barrier_wait(q_ready.at[q_stage])
+        tile = _tile(tile_smem, q_stage)
+        plgpu.barrier_arrive(q_free.at[q_stage])
+        pl.when(_used(tile, warpgroup))(functools.partial(attend, tile, head))
 
     lax.fori_loop(0, work.count, item, None)
 
