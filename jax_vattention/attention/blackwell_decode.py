@@ -66,7 +66,7 @@ class Tcgen05(mosaic_decode.Products):
     """Those of a Blackwell GPU, whose tensor cores add up in TMEM, and take both operands from shared memory.
 
     A product's 64 rows lie in all 128 lanes of TMEM, one half of its columns beside the other, and what is swizzled
-    together may not be in both halves.
+    together may not be in both halves; both operands are swizzled alike.
     """
 
     def __init__(self, local: jax.Array, *, weights_smem, scores_tmem, sums_tmem, multiplied) -> None:
@@ -79,12 +79,14 @@ class Tcgen05(mosaic_decode.Products):
         """K and V, in shared memory that it can read, and what it computes."""
         streams, block_k, head_dim = shape.tiling.streams, shape.tiling.block_k, shape.head_dim
         width = Tcgen05.width(head_dim)
+        of_scores, of_sums = math.gcd(block_k // 2, head_dim), math.gcd(width // 2, block_k)
         k, v = ("k_wide", "v_wide") if shape.quantized else ("k_smem", "v_smem")
         tile = (block_k, head_dim) if shape.quantized else (shape.tiling.stages, block_k, head_dim)
         return {
-            k: swizzled((streams, *tile), dtype, math.gcd(block_k // 2, head_dim)),
-            v: swizzled((streams, *tile), dtype, width // 2),
-            "weights_smem": swizzled((streams, ROWS, block_k), dtype, block_k),
+            "q_smem": swizzled((streams, 2, ROWS, head_dim), dtype, of_scores),
+            k: swizzled((streams, *tile), dtype, of_scores),
+            "weights_smem": swizzled((streams, ROWS, block_k), dtype, of_sums),
+            v: swizzled((streams, *tile), dtype, of_sums),
             "scores_tmem": plgpu.TMEM((streams, ROWS, block_k), jnp.float32),
             "sums_tmem": plgpu.TMEM((streams, head_dim // width, ROWS, width), jnp.float32),
             "multiplied": plgpu.Barrier(num_barriers=streams, orders_tensor_core=True),
