@@ -37,7 +37,7 @@ _JOINED_ELEMENTS = 8192
 
 
 # Columns of `Split.requests`.
-TOKEN, ROW, QUERIES, LENGTH, LOWER, PREFIX = range(6)
+TOKEN, ROW, QUERIES, LENGTH, LOWER, PREFIX, OUT = range(7)
 # Columns of `Split.streams`.
 FIRST_PAIR, FIRST_KEY, NUM_UNITS, NUM_PAIRS, ALL_UNITS, _ACTIVE = range(6)
 # Columns of `Split.owners`.
@@ -53,7 +53,7 @@ class Split:
 
     requests: jax.Array
     """int32 `[requests, 8]`: first query token, row of token 0 in the view, queries, keys (0 without queries), the
-    first key that its first query sees, and the length of its bidirectional prefix."""
+    first key that its first query sees, the length of its bidirectional prefix, and the first row of its result."""
     streams: jax.Array
     """int32 `[streams, 8]`: first pair, first key of it, units, pairs, the units of all requests of one head, and how
     many of the streams take part."""
@@ -76,9 +76,18 @@ def split(
     heads: int,
     streams: int,
     active: jax.Array | None = None,
+    out_rows: jax.Array | None = None,
     interpret: bool,
 ) -> Split:
-    """Shares the keys of a batch out over `streams` streams, or the first `active` of them, int32 `[1]`."""
+    """Shares the keys of a batch out over some streams.
+
+    Args:
+      tokens: of the query array.
+      heads: of K and V.
+      streams: at most.
+      active: int32 `[1]`: only the first so many of them.
+      out_rows: int32 `[requests]`: where the result of each request begins; where its queries do, unless said.
+    """
     slot_tokens = view.k.shape[1]
     slots = jnp.clip(batch.slots, 0, view.mapped.shape[1] - 1)
     mapped_first = None if view.window is None else view.mapped[0, slots]
@@ -94,13 +103,13 @@ def split(
         compiler_params=triton.CompilerParams(num_warps=4),
         interpret=interpret,
         name="attention_decode_schedule",
-    )(slots, batch.q_starts, batch.q_lens, batch.kv_lens, mapped_first, features.prefix_lens, active)
+    )(slots, batch.q_starts, batch.q_lens, batch.kv_lens, mapped_first, features.prefix_lens, active, out_rows)
     return Split(requests, table, owners)
 
 
 def _schedule_kernel(
-    slots, q_starts, q_lens, kv_lens, mapped_first, prefix_lens, active, requests, streams, owners, *, chunk: int,
-    heads: int, slot_tokens: int, window: int | None,
+    slots, q_starts, q_lens, kv_lens, mapped_first, prefix_lens, active, out_rows, requests, streams, owners, *,
+    chunk: int, heads: int, slot_tokens: int, window: int | None,
 ):  # fmt: skip
     """Each program makes `chunk` rows of the tables. Fused by XLA the same takes about twenty launches."""
     count = slots.shape[0]
@@ -124,7 +133,8 @@ def _schedule_kernel(
     @pl.when(pl.program_id(0) == 0)
     def _():
         prefix = jnp.zeros_like(lengths) if prefix_lens is None else read(prefix_lens)
-        for column, values in enumerate((starts, read(slots) * slot_tokens, queries, lengths, lower, prefix)):
+        out = starts if out_rows is None else read(out_rows)
+        for column, values in enumerate((starts, read(slots) * slot_tokens, queries, lengths, lower, prefix, out)):
             triton.store(requests.at[rows, column], values, mask=there)
 
     def picked(which, values):
@@ -172,55 +182,75 @@ def _stream_of(unit: jax.Array, each: jax.Array, more: jax.Array) -> jax.Array:
 
 
 def join(
+    out: jax.Array,
     parts: jax.Array,
     lse: jax.Array,
     split: Split,
-    q: jax.Array,
     order: jax.Array,
     features: Features,
     *,
     heads: int,
     first_row: Any,
+    whole_are_there: bool,
+    fill: bool = True,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Joins what several streams found for a pair.
 
     Args:
+      out: `[tokens, num_q_heads, head_dim]`, to be completed in its place.
       parts, lse: `[segments, rows, head_dim]` and `[segments, rows]`: results over some of the keys, and the base 2
         logarithm of their sums of exponentials. What stream `s` found for pair `p` is in segment `p + s`: from one
         piece of work to the next the pair, the stream or both are one higher.
       first_row: of a KV head and a query of a request, int32: which row has the first of its query heads.
+      whole_are_there: `out` has the results of pairs that one stream read all of.
+      fill: the rows that no request owns become 0.
 
     Returns:
-      `(out, order)`; rows of `out` that no request owns are 0.
+      `(out, order)`.
     """
     order, out = pl.pallas_call(
-        functools.partial(_join_kernel, heads=heads, num_requests=split.requests.shape[0], first_row=first_row),
-        out_shape=[jax.ShapeDtypeStruct(order.shape, order.dtype), jax.ShapeDtypeStruct(q.shape, q.dtype)],
-        grid=(heads, q.shape[0]),
-        input_output_aliases={0: 0},
+        functools.partial(_join_kernel, heads=heads, first_row=first_row, whole_are_there=whole_are_there, fill=fill),
+        out_shape=[jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (order, out)],
+        grid=(heads, split.owners.shape[0]),
+        input_output_aliases={0: 0, 1: 1},
         compiler_params=triton.CompilerParams(num_warps=2),
         interpret=interpret,
         name="attention_decode_combine",
-    )(order, split.owners, split.streams, parts, lse, features.sinks)
+    )(order, out, split.requests, split.owners, split.streams, parts, lse, features.sinks)
     return out, order
 
 
-def _join_kernel(_, owners, streams, parts, lse, sinks, __, out_ref, *, heads: int, num_requests: int, first_row: Any):
+def _join_kernel(
+    _order, _out, requests, owners, streams, parts, lse, sinks, _order_out, out_ref, *, heads: int, first_row: Any,
+    whole_are_there: bool, fill: bool,
+):  # fmt: skip
     """The query heads of one token that share a KV head; zeros if no request owns the token."""
     head, token = pl.program_id(0), pl.program_id(1)
-    group, head_dim = out_ref.shape[1] // heads, out_ref.shape[2]
     total = streams[0, ALL_UNITS]
     request, query, start, units = (owners[token, column] for column in range(4))
     unit = head * total + start
     shares = _shares(total, heads, streams[0, _ACTIVE])
     from_stream, to_stream = _stream_of(unit, *shares), _stream_of(unit + units - 1, *shares)
-    first = head * num_requests + request + from_stream
+    first = head * requests.shape[0] + request + from_stream
     end = jnp.where(units > 0, first + to_stream - from_stream + 1, first)
+    to_do = request >= (-1 if fill else 0)
+    if whole_are_there:
+        to_do &= (units == 0) | (from_stream != to_stream)
+
+    @pl.when(to_do)
+    def _():
+        row = jnp.where(request < 0, token, requests[jnp.maximum(request, 0), OUT] + query)
+        _join_pair(head, row, first, end, first_row(head, query), parts, lse, sinks, out_ref, heads)
+
+
+def _join_pair(head, token, first, end, first_row, parts, lse, sinks, out_ref, heads: int):
+    """Segments `first .. end - 1`, of which a row is the first that counts."""
+    group, head_dim = out_ref.shape[1] // heads, out_ref.shape[2]
     rows, dim = jnp.arange(pl.next_power_of_2(group)), jnp.arange(pl.next_power_of_2(head_dim))
     used = rows < group
     tile_used = used[:, None] & (dim < head_dim)[None, :]
-    own_rows = first_row(head, query) + rows
+    own_rows = first_row + rows
 
     def add(chunk: int, begin, i, state):
         maximum, total, acc = state

@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_vattention.attention import decode_split as tables
 from jax_vattention.attention.decode_split import GRAIN
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns
+from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns, store_rows
 from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
@@ -68,6 +68,9 @@ class Shape:
     """K and V are float8: they are multiplied as float16, which holds all of their values."""
     paged: bool
     """See `run`."""
+    direct: bool
+    """Results of a pair that one stream reads all of are final; others, and all with sinks, are to be joined."""
+    interpreted: bool
     layer_stride: int
     """See `Columns`, as for `v_column`."""
     v_column: int
@@ -83,6 +86,7 @@ class Shape:
         scale: float,
         tiling: Tiling,
         paged: bool = False,
+        interpret: Any = False,
     ) -> Shape:
         """Those of a kernel for these arguments."""
         columns = Columns.of(view)
@@ -98,12 +102,14 @@ class Shape:
             prefixes=features.prefix_lens is not None,
             quantized=view.scale_table is not None,
             paged=paged,
+            direct=features.sinks is None,
+            interpreted=bool(interpret),
             layer_stride=columns.layer_stride,
             v_column=columns.v_column,
         )
 
-    def results(self, batch: RaggedBatch) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """What the kernel writes for `decode_split.join`."""
+    def parts(self, batch: RaggedBatch) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """What the kernel writes for `decode_split.join`, beside final results."""
         segments = batch.num_requests * self.num_kv_heads + self.streams
         return (
             jax.ShapeDtypeStruct((segments, self.rows, self.head_dim), jnp.float32),
@@ -126,7 +132,7 @@ class Shape:
         row = token if self.queries == 1 else request
         return lax.div(row * self.num_kv_heads + head, self.sharing)
 
-    def first_row(self, head: jax.Array, query: jax.Array) -> jax.Array:
+    def first_row(self, head: jax.Array, query: Any) -> jax.Array:
         """Row in a query tile of the first query head of a KV head, for a request's query of this number."""
         return lax.rem(head, self.sharing) * self.group + query * self.group
 
@@ -271,17 +277,20 @@ def run(
     """
     num_kv_heads, columns = view.num_kv_heads, Columns.of(view)
     tiling = tiling or tuned(Tiling(), "mosaic_decode", q.shape[2], view.k.dtype)
-    shape = Shape.of(q, view, batch, features, scale=scale, tiling=tiling, paged=page_table is not None)
+    shape = Shape.of(
+        q, view, batch, features, scale=scale, tiling=tiling, paged=page_table is not None, interpret=interpret
+    )
     split = tables.split(
         batch, view, features, tokens=q.shape[0], heads=num_kv_heads, streams=shape.streams, interpret=interpret_tables
     )
     queries = q.astype(jnp.float16) if shape.quantized else q
     pages = jnp.zeros((1, 1), jnp.int32) if page_table is None else page_table
     scales = jnp.ones(1, jnp.float32) if view.scale_table is None else view.scale_table.reshape(-1)
-    parts, lse = plgpu.kernel(
+    out, parts, lse = plgpu.kernel(
         functools.partial(_decode, shape=shape, products=products),
-        out_type=shape.results(batch),
-        scratch_types=scratch_types(shape, queries.dtype, view.k.dtype) | products.scratch(shape, queries.dtype),
+        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), *shape.parts(batch)),
+        scratch_types=scratch_types(shape, queries.dtype, view.k.dtype, q.dtype)
+        | products.scratch(shape, queries.dtype),
         grid=(shape.tiling.blocks,),
         grid_names=("block",),
         num_threads=2 * shape.tiling.streams,
@@ -301,11 +310,12 @@ def run(
         order,
     )
     return tables.join(
-        parts, lse, split, q, order, features, heads=num_kv_heads, first_row=shape.first_row, interpret=interpret_tables
-    )
+        out, parts, lse, split, order, features, heads=num_kv_heads, first_row=shape.first_row,
+        whole_are_there=shape.direct, interpret=interpret_tables,
+    )  # fmt: skip
 
 
-def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any) -> dict[str, Any]:
+def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> dict[str, Any]:
     """Shared memory of a block, for each stream."""
     streams, stages, block_k = shape.tiling.streams, shape.tiling.stages, shape.tiling.block_k
 
@@ -320,6 +330,7 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any) -> dict[str, Any]:
         **({name: tiles(block_k, shape.head_dim) for name in ("k_wide", "v_wide")} if shape.quantized else {}),
         "out_smem": tiles(ROWS, shape.out_columns, dtype=jnp.float32),
         "lse_smem": plgpu.SMEM((streams, ROWS), jnp.float32),
+        **({"row_smem": plgpu.SMEM((streams, ROWS, shape.head_dim), out_dtype)} if shape.interpreted else {}),
         "q_ready": plgpu.Barrier(num_barriers=2 * streams),
         "k_ready": plgpu.Barrier(num_arrivals=shape.copies, num_barriers=many),
         "v_ready": plgpu.Barrier(num_arrivals=shape.copies, num_barriers=many),
@@ -348,6 +359,7 @@ def _decode(
     layer_ref,
     scales,
     order,
+    out_ref,
     parts_ref,
     lse_ref,
     *,
@@ -362,7 +374,7 @@ def _decode(
       k_ref, v_ref: see `Columns`.
       scales: of each layer those of each head of K, then of V; used if they are float8.
       order: not used here: to have it makes the read come after the append that returned it.
-      parts_ref, lse_ref: see `decode_split.join`.
+      out_ref, parts_ref, lse_ref: see `decode_split.join`.
     """
     del order
     warpgroup, count = lax.axis_index("warpgroup"), shape.tiling.streams
@@ -380,7 +392,7 @@ def _decode(
         if count > 1:
             plgpu.set_max_registers(208, action="increase")
         first_scale = 2 * shape.num_kv_heads * layer_ref[0]
-        multiply(work, products, q_ref, scales, first_scale, parts_ref, lse_ref, **scratch)
+        multiply(work, products, q_ref, scales, first_scale, out_ref, parts_ref, lse_ref, **scratch)
 
 
 class _Request(NamedTuple):
@@ -392,10 +404,11 @@ class _Request(NamedTuple):
     length: jax.Array
     lower: jax.Array
     prefix: jax.Array
+    out: jax.Array
 
     @classmethod
     def read(cls, requests, request: jax.Array) -> _Request:
-        return cls(*(requests[request, column] for column in range(tables.PREFIX + 1)))
+        return cls(*(requests[request, column] for column in range(tables.OUT + 1)))
 
 
 class _Piece(NamedTuple):
@@ -409,6 +422,11 @@ class _Piece(NamedTuple):
     of: _Request
     first: jax.Array
     end: jax.Array
+
+    @property
+    def is_whole(self) -> jax.Array:
+        """Whether it has all keys of the pair."""
+        return (self.first == tables.first_unit_key(self.of.lower)) & (self.end == self.of.length)
 
     def tiles(self, block_k: int) -> jax.Array:
         """Of `block_k` keys; the last may have fewer."""
@@ -534,9 +552,9 @@ def copy(
 
 
 def multiply(
-    work: Work, products: type[Products], q_ref, scales, first_scale, parts_ref, lse_ref, *, q_smem, k_smem, v_smem,
-    out_smem, lse_smem, q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, k_wide=None,
-    v_wide=None, **memory,
+    work: Work, products: type[Products], q_ref, scales, first_scale, out_ref, parts_ref, lse_ref, *, q_smem, k_smem,
+    v_smem, out_smem, lse_smem, q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, k_wide=None,
+    v_wide=None, row_smem=None, **memory,
 ):  # fmt: skip
     """The warpgroup that computes."""
     shape, local = work.shape, work.local
@@ -634,22 +652,54 @@ def multiply(
             result = tuple(part / lax.broadcast_in_dim(divisor, part.shape, [0]) for part in acc)
             if shape.quantized:
                 result = tuple(part * scales[first_scale + shape.num_kv_heads + piece.head] for part in result)
-            segment = piece.pair + work.stream
-            for first in range(0, shape.head_dim, shape.out_columns):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                at = first % width
-                out[...] = lax.slice(result[first // width], (0, at), (ROWS, at + shape.out_columns))
-                if first == 0:
-                    lse[...] = maximum + jnp.log2(total)
-                plgpu.commit_smem()
-                columns = pl.ds(first, shape.out_columns)
-                plgpu.copy_smem_to_gmem(out.at[used], parts_ref.at[segment, :, columns])
-                if first == 0:
-                    plgpu.copy_smem_to_gmem(lse.at[used], lse_ref.at[segment])
+            is_final = piece.is_whole if shape.direct else False
+
+            @pl.when(is_final)
+            def _():
+                _store_final(result, shape, piece, out_ref, None if row_smem is None else row_smem.at[local])
+
+            @pl.when(jnp.logical_not(is_final))
+            def _():
+                segment = piece.pair + work.stream
+                for first in range(0, shape.head_dim, shape.out_columns):
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    at = first % width
+                    out[...] = lax.slice(result[first // width], (0, at), (ROWS, at + shape.out_columns))
+                    if first == 0:
+                        lse[...] = maximum + jnp.log2(total)
+                    plgpu.commit_smem()
+                    columns = pl.ds(first, shape.out_columns)
+                    plgpu.copy_smem_to_gmem(out.at[used], parts_ref.at[segment, :, columns])
+                    if first == 0:
+                        plgpu.copy_smem_to_gmem(lse.at[used], lse_ref.at[segment])
 
         return count
 
     work.each_piece(piece, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _store_final(result: Parts, shape: Shape, piece: _Piece, out_ref, row_smem) -> None:
+    """Writes the rows of a pair's queries to where `decode_split.join` would."""
+    group, count = shape.group, piece.of.queries * shape.group
+    low, head = shape.first_row(piece.head, 0), piece.head * shape.group
+    width = result[0].shape[1]
+    if not shape.interpreted:
+        for number, part in enumerate(result):
+            store_rows(
+                part.astype(out_ref.dtype), out_ref, piece.of.out, head, low, low + count, group=group,
+                first_column=number * width,
+            )  # fmt: skip
+        return
+    for number, part in enumerate(result):
+        row_smem[:, number * width : (number + 1) * width] = part.astype(out_ref.dtype)
+    plgpu.commit_smem()
+
+    def row(i, _):
+        to = out_ref.at[piece.of.out + lax.div(i, group), head + lax.rem(i, group)]
+        plgpu.copy_smem_to_gmem(row_smem.at[low + i], to)
+
+    lax.fori_loop(0, count, row, None)
     plgpu.wait_smem_to_gmem(0)
 
 

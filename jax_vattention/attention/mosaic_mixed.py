@@ -59,19 +59,21 @@ def run(
 
     decodes, first, chunks = parted(q, batch)
     one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
-    decode = mosaic_decode.Shape.of(q, view, decodes, one, scale=scale, tiling=decode_tiling)
+    decode = mosaic_decode.Shape.of(q, view, decodes, one, scale=scale, tiling=decode_tiling, interpret=interpret)
     prefill = mosaic_prefill.shape_of(q, view, features, scale=scale, tiling=prefill_tiling, interpret=interpret)
-    schedule = mosaic_prefill.schedule(chunks, view, features, prefill, q.shape[0], view.k.shape[1])
+    schedule = mosaic_prefill.schedule(
+        chunks, view, features, prefill, q.shape[0], view.k.shape[1], others=decodes.q_lens
+    )
     many = _decoding_blocks(decode, prefill, schedule, decodes, tiling.flops_per_byte, dtype.itemsize)
     split = decode_split.split(
         decodes, view, one, tokens=batch.num_requests, heads=view.num_kv_heads, streams=tiling.blocks, active=many,
-        interpret=interpret_tables,
+        out_rows=first, interpret=interpret_tables,
     )  # fmt: skip
     sinks = () if features.sinks is None else (features.sinks,)
     columns = Columns.of(view)
     out, order, parts, lse = plgpu.kernel(
         functools.partial(_mixed, decode=decode, prefill=prefill, tiling=prefill_tiling, has_sinks=bool(sinks)),
-        out_type=(*mosaic_prefill.results(prefill, q, order), *decode.results(decodes)),
+        out_type=(*mosaic_prefill.results(prefill, q, order), *decode.parts(decodes)),
         scratch_types=_scratch(decode, prefill, prefill_tiling, dtype),
         grid=(tiling.blocks,),
         grid_names=("block",),
@@ -93,11 +95,11 @@ def run(
         order,
         *sinks,
     )
-    decoded, order = decode_split.join(
-        parts, lse, split, q[first], order, one, heads=view.num_kv_heads, first_row=decode.first_row,
-        interpret=interpret_tables,
+    out, order = decode_split.join(
+        out, parts, lse, split, order, one, heads=view.num_kv_heads, first_row=decode.first_row,
+        whole_are_there=decode.direct, fill=False, interpret=interpret_tables,
     )  # fmt: skip
-    return placed(decoded, out[: q.shape[0]], batch), order
+    return out[: q.shape[0]], order
 
 
 def parted(q: jax.Array, batch: RaggedBatch) -> tuple[RaggedBatch, jax.Array, RaggedBatch]:
@@ -140,7 +142,10 @@ def _scratch(
     decode: mosaic_decode.Shape, prefill: mosaic_prefill.Shape, tiling: mosaic_prefill.Tiling, dtype: Any
 ) -> dict[str, Any]:
     """Shared memory, which a block uses for one thing or the other, and the barriers of both."""
-    both = mosaic_decode.scratch_types(decode, dtype, dtype), mosaic_prefill.scratch_types(prefill, tiling, dtype)
+    both = (
+        mosaic_decode.scratch_types(decode, dtype, dtype, dtype),
+        mosaic_prefill.scratch_types(prefill, tiling, dtype),
+    )
     arrays, barriers = zip(*(_by_kind(each) for each in both), strict=True)
     return {"memory": plgpu.RefUnion(*arrays), "barriers": barriers}
 
@@ -186,7 +191,7 @@ def _mixed(
 
         @pl.when((block < many) & (warpgroup == 0))
         def _():
-            mosaic_decode.multiply(reading, mosaic_decode.Wgmma, q_tiles, None, 0, parts_ref, lse_ref, **own)
+            mosaic_decode.multiply(reading, mosaic_decode.Wgmma, q_tiles, None, 0, out_ref, parts_ref, lse_ref, **own)
 
         @pl.when(block >= many)
         def _():

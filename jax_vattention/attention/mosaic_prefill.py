@@ -31,7 +31,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns
+from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns, store_rows
 from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
@@ -256,9 +256,19 @@ class Tile(NamedTuple):
 
 
 def schedule(
-    batch: RaggedBatch, view: LayerView, features: Features, shape: Shape, tokens: int, slot_tokens: int
+    batch: RaggedBatch,
+    view: LayerView,
+    features: Features,
+    shape: Shape,
+    tokens: int,
+    slot_tokens: int,
+    others: jax.Array | None = None,
 ) -> Schedule:
-    """Tiles of queries of all requests, and what lies between these."""
+    """Tiles of queries of all requests, and what lies between these.
+
+    Args:
+      others: int32 `[requests]`: queries of each request that are not in `batch`, and whose results others write.
+    """
     block_q = shape.block_q
     slots = jnp.clip(batch.slots, 0, view.mapped.shape[1] - 1)
     # Boxes begin with a multiple of their size: one that begins before the first mapped token is not read.
@@ -288,7 +298,7 @@ def schedule(
     rows = jnp.stack(Tile(token, low, high, position, prefix, begin, blocks, slots[r] * slot_tokens, kv_len), axis=1)
     rows = jnp.pad(rows, ((0, 0), (0, _FIELDS - rows.shape[1])))
     tiles = rows[_longest_first(blocks)]
-    gaps, num_gaps = _gaps(starts, stops, tokens)
+    gaps, num_gaps = _gaps(starts, stops if others is None else stops + others, tokens)
     return Schedule(tiles.astype(jnp.int32), gaps, jnp.stack([ends[-1], num_gaps]).astype(jnp.int32))
 
 
@@ -844,29 +854,4 @@ def _store(result, buffer, out_ref, tile: Tile, head, warpgroup, shape: Shape) -
 
             lax.fori_loop(low, high, row, None)
         else:
-            _store_rows(result, out_ref, tile.token + first, head, low, high)
-
-
-def _store_rows(result, out_ref, token, head, low, high) -> None:
-    """Writes rows `low .. high - 1`, from registers: copies of shared memory take 8 rows, or one if not swizzled."""
-    scalar = plgpu.Layout.WG_SPLAT(())
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), scalar, scalar, scalar, scalar))
-    def store(_, result, out, *scalars):
-        index = ir.IndexType.get()
-        token, head, low, high = (arith.index_cast(index, each.registers.item()) for each in scalars)
-        firsts: dict[int, tuple] = {}
-        places = result.layout.thread_idxs(result.shape)
-        for at, place in zip(np.ndindex(result.registers.shape), places, strict=True):
-            firsts.setdefault(at[4], place)
-        for half, (row, column) in firsts.items():  # the thread's upper and lower row
-            inside = arith.andi(
-                arith.cmpi(arith.CmpIPredicate.sge, row, low), arith.cmpi(arith.CmpIPredicate.slt, row, high)
-            )
-            with mgpu.when(inside):
-                for at, register in np.ndenumerate(result.registers):
-                    if at[4] == half:
-                        place = arith.addi(column, mgpu.c(8 * at[1], index))
-                        vector.store(register, out, [arith.addi(token, row), head, place])
-
-    store(result, out_ref, token, head, low, high)
+            store_rows(result, out_ref, tile.token + first + low, head, low, high)

@@ -6,6 +6,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, vector
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.cache import LayerView
 from jax_vattention.spec import KV_TAIL_TOKENS
@@ -36,6 +41,43 @@ class Columns(NamedTuple):
         k, v = (each.reshape(slots * slot_tokens, -1, view.head_dim) for each in view.views)
         heads = view.num_kv_heads if view.v is None else 0
         return cls(k, v, 2 * heads, heads)
+
+
+def store_rows(result, out_ref, token, head, low, high, *, group: int = 1, first_column: int = 0) -> None:
+    """Writes rows `low .. high - 1` of an array in the layout of a `wgmma`, from registers.
+
+    Copies of shared memory take 8 rows, or one if not swizzled.
+
+    Args:
+      token, head: where row `low` goes in `out_ref`, `[tokens, heads, columns]`; the next ones are the other heads of a
+        group, then those of the next token.
+      first_column: the result's first one in `out_ref`.
+    """
+    scalar = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), scalar, scalar, scalar, scalar))
+    def store(_, result, out, *scalars):
+        index = ir.IndexType.get()
+        token, head, low, high = (arith.index_cast(index, each.registers.item()) for each in scalars)
+        firsts: dict[int, tuple] = {}
+        places = result.layout.thread_idxs(result.shape)
+        for at, place in zip(np.ndindex(result.registers.shape), places, strict=True):
+            firsts.setdefault(at[4], place)
+        for half, (row, column) in firsts.items():  # the thread's upper and lower row
+            inside = arith.andi(
+                arith.cmpi(arith.CmpIPredicate.sge, row, low), arith.cmpi(arith.CmpIPredicate.slt, row, high)
+            )
+            with mgpu.when(inside):
+                number = arith.subi(row, low)
+                size = mgpu.c(group, index)
+                to_token = arith.addi(token, arith.divui(number, size) if group > 1 else number)
+                to_head = arith.addi(head, arith.remui(number, size)) if group > 1 else head
+                for at, register in np.ndenumerate(result.registers):
+                    if at[4] == half:
+                        to_column = arith.addi(column, mgpu.c(8 * at[1] + first_column, index))
+                        vector.store(register, out, [to_token, to_head, to_column])
+
+    store(result, out_ref, token, head, low, high)
 
 
 def refusal(q: jax.Array, view: LayerView) -> str | None:
