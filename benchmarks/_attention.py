@@ -223,8 +223,9 @@ def checked(arguments: argparse.Namespace) -> tuple[Sizes, float, tuple[str, ...
       BenchmarkError: there is no GPU, and the shapes are not made to run without one.
     """
     sizes = checked_sizes(arguments.shapes)
-    gpu = jax.default_backend() == "gpu"
-    default = tuple(name for name in implementations() if (name == "reference") != gpu)
+    default = default_implementations()
+    if len(default) > 1:
+        default = tuple(name for name in default if name != "reference")
     seconds = arguments.seconds / (5 if arguments.quick else 1)
     return sizes, seconds, tuple(arguments.implementations or default)
 
@@ -259,6 +260,15 @@ def chosen(works: Sequence[_Named], only: Sequence[str] | None) -> list[_Named]:
     if unknown := sorted(set(only or ()) - set(names)):
         raise BenchmarkError(f"--only: expected some of {', '.join(names)}, got {', '.join(unknown)}")
     return [work for work in works if only is None or work.name in only]
+
+
+def default_implementations() -> tuple[str, ...]:
+    """Those that are made for this machine."""
+    if jax.default_backend() != "gpu":
+        return ("reference",)
+    blackwell = jax.devices()[0].compute_capability.startswith("10.")
+    other = "mosaic" if blackwell else "mosaic_blackwell"
+    return tuple(name for name in implementations() if name != other)
 
 
 def report(

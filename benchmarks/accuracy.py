@@ -18,7 +18,6 @@ from benchmarks import _attention, _machine
 from benchmarks._attention import Outcome, Sizes
 from benchmarks._report import Column, Report, Table
 from jax_vattention import KVCacheManager, KVCacheSpec, RaggedBatch
-from jax_vattention.attention import implementations
 from jax_vattention.spec import Layout
 
 GOAL = 1.5
@@ -207,8 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Report:
     sizes = _attention.checked_sizes(arguments.shapes)
     chosen = _attention.chosen(cases(arguments.shapes), arguments.only)
-    gpu = jax.default_backend() == "gpu"
-    names = arguments.implementations or tuple(name for name in implementations() if gpu or name == "reference")
+    names = arguments.implementations or _attention.default_implementations()
     rows = [row for case in chosen for row in _rows(case, sizes, arguments.layouts, names)]
     lengths = {case.step: [*zip(case.q_lens, case.kv_lens, strict=True)] for case in cases(arguments.shapes)}
     return Report(

@@ -681,7 +681,7 @@ class TestArguments:
                 self.run(implementation="gone")
 
     def test_first_implementation_for_the_platform_is_used(self):
-        assert implementations() == ("mosaic", "triton", "cudnn", "reference")
+        assert implementations() == ("mosaic", "triton", "cudnn", "mosaic_blackwell", "reference")
         with jax.default_device(jax.devices("cpu")[0]):
             chosen = [self.run(implementation=which) for which in (None, ("triton", "reference"), "reference")]
         for out in chosen:

@@ -14,6 +14,8 @@ from compile_helpers import (
 )
 
 from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch, attention
+from jax_vattention.attention import mosaic_mixed
+from jax_vattention.attention.features import Features
 
 pytestmark = [
     pytest.mark.compile_gpu,
@@ -161,6 +163,34 @@ def test_features_fit_every_gpu(target, max_q_len, features):
     each = compile_for(target, capped, *args)
     assert_views_not_copied(each, spec)
     assert_chosen(each, target, max_q_len, spec)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
+@pytest.mark.parametrize("max_q_len", [1, 512], ids=["decode", "mixed"])
+def test_blackwell_kernels_are_there_for_those_who_name_them(max_q_len):
+    spec = llama_spec()
+
+    def program(q, cache, batch):
+        return attention(q, cache, layer=1, batch=batch, implementation="mosaic_blackwell")[0]
+
+    each = compile_for("b200", program, abstract_q(spec, max_q_len), abstract_cache(spec), abstract_batch(max_q_len))
+    assert_views_not_copied(each, spec)
+    assert len(mosaic_kernels(each)) == (1 if max_q_len == 1 else 2)
+    with pytest.raises(ValueError, match="'mosaic_blackwell' does not serve GPUs other than Blackwell's"):
+        compile_for("h100", program, abstract_q(spec, max_q_len), abstract_cache(spec), abstract_batch(max_q_len))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
+@pytest.mark.parametrize(("layout", "head_dim"), [("token_major", 128), ("layer_major", 64)])
+def test_one_kernel_for_both_kinds(layout, head_dim):
+    spec = KVCacheSpec(2, 8, head_dim, REQUESTS, 131072, jnp.bfloat16, layout=layout)
+
+    def program(q, cache, batch):
+        return mosaic_mixed.run(q, cache.layer_view(1), cache.order, batch, Features(), scale=0.1)
+
+    each = compile_for("h100", program, abstract_q(spec, 512), abstract_cache(spec), abstract_batch(512))
+    assert_views_not_copied(each, spec)
+    assert len(mosaic_kernels(each)) == 1
 
 
 def appended_and_read(q, k, cache, batch):

@@ -62,6 +62,7 @@ _IMPLEMENTATIONS = {
     "mosaic": _Implementation("pallas_mosaic", ("cuda",)),
     "triton": _Implementation("pallas_triton", ("cuda",)),
     "cudnn": _Implementation("cudnn", ("cuda",)),
+    "mosaic_blackwell": _Implementation("pallas_blackwell", ("cuda",)),
     "reference": _Implementation("reference", None),
 }
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from types import ModuleType
+from typing import NamedTuple
 
 import jax
 
@@ -17,53 +18,74 @@ from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
+_NAMES = {"9.0": "H100|H200|GH200", "10.0": "B100|B200|GB200"}
+"""GPUs by compute capability."""
+
+
+class Kernels(NamedTuple):
+    """Of one generation of GPUs: modules with `refusal` and `run`."""
+
+    decode: ModuleType
+    prefill: ModuleType
+
+    def refusal(self, q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
+        """What they do not serve of these arguments; None if they serve them."""
+        if jax.__version_info__[:2] not in ((0, 11), (0, 12)):
+            return f"jax {jax.__version__}: this backend changes, 0.11 and 0.12 are what was tried"
+        if (refused := mosaic_view.refusal(q, view)) is not None:
+            return refused
+        if _few_queries(q, view, batch):
+            return self.decode.refusal(q, view, batch, features)
+        # Requests of one query in such a batch go to the other kernel.
+        one_query = dataclasses.replace(batch, max_q_len=1)
+        return self.prefill.refusal(q, view, batch, features) or self.decode.refusal(q, view, one_query, features)
+
+    def run(
+        self,
+        q: jax.Array,
+        view: LayerView,
+        order: jax.Array,
+        batch: RaggedBatch,
+        features: Features,
+        *,
+        scale: float,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `attention`; returns `(out, order)`."""
+        if _few_queries(q, view, batch):
+            return self.decode.run(q, view, order, batch, features, scale=scale)
+        if batch.num_requests == 1:
+            return self.prefill.run(q, view, order, batch, features, scale=scale)
+        decodes, first, chunks = mosaic_mixed.parted(q, batch)
+        one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
+        decoded, order = self.decode.run(q[first], view, order, decodes, one, scale=scale)
+        out, order = self.prefill.run(q, view, order, chunks, features, scale=scale)
+        return mosaic_mixed.placed(decoded, out, batch), order
+
+
+_HOPPER = Kernels(mosaic_decode, mosaic_prefill)
+
 
 def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
     """What it does not serve of these arguments; None if it serves them."""
-    if jax.__version_info__[:2] != (0, 11):
-        return f"jax {jax.__version__}: this backend changes, 0.11 is what was tried"
     if target() != "9.0":
         return "GPUs other than Hopper (compute capability 9.0)"
-    if (refused := mosaic_view.refusal(q, view)) is not None:
-        return refused
-    if _few_queries(q, view, batch):
-        return mosaic_decode.refusal(q, view, batch, features)
-    # Requests of one query in such a batch go to the other kernel.
-    one_query = dataclasses.replace(batch, max_q_len=1)
-    return mosaic_prefill.refusal(q, view, batch, features) or mosaic_decode.refusal(q, view, one_query, features)
+    return _HOPPER.refusal(q, view, batch, features)
+
+
+run = _HOPPER.run
+"""See `attention`; returns `(out, order)`."""
 
 
 def target() -> str | None:
-    """Compute capability of the GPU that a program is traced for; None if there is none."""
+    """Compute capability of the GPU that a program is traced for, or its name; None if there is none."""
     described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if described is not None:
-        return "9.0" if re.search(r"\b(H100|H200|GH200)\b", described.device_kind) else described.device_kind
+        known = (number for number, names in _NAMES.items() if re.search(rf"\b({names})\b", described.device_kind))
+        return next(known, described.device_kind)
     try:
         return jax.devices("cuda")[0].compute_capability
     except RuntimeError:
         return None
-
-
-def run(
-    q: jax.Array,
-    view: LayerView,
-    order: jax.Array,
-    batch: RaggedBatch,
-    features: Features,
-    *,
-    scale: float,
-    **options: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """See `attention`; returns `(out, order)`."""
-    if _few_queries(q, view, batch):
-        return mosaic_decode.run(q, view, order, batch, features, scale=scale, **options)
-    if batch.num_requests == 1:
-        return mosaic_prefill.run(q, view, order, batch, features, scale=scale, **options)
-    decodes, first, chunks = mosaic_mixed.parted(q, batch)
-    one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
-    decoded, order = mosaic_decode.run(q[first], view, order, decodes, one, scale=scale, **options)
-    out, order = mosaic_prefill.run(q, view, order, chunks, features, scale=scale, **options)
-    return mosaic_mixed.placed(decoded, out, batch), order
 
 
 def _few_queries(q: jax.Array, view: LayerView, batch: RaggedBatch) -> bool:
