@@ -9,8 +9,8 @@ from caches import abstract_cache
 from compile_helpers import assert_views_not_copied, compile_for, cuda_plugin_installed, instructions
 from decode_cases import check_decode
 
-from jax_vattention import KVCacheSpec, RaggedBatch
-from jax_vattention.attention import blackwell_decode
+from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch
+from jax_vattention.attention import api, blackwell_decode
 from jax_vattention.attention.features import Features
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -54,7 +54,7 @@ def needs_compiler(test):
     """Marks it."""
     there = cuda_plugin_installed() and jax.__version_info__ >= (0, 11)
     test = pytest.mark.skipif(not there, reason="jax's CUDA plugin is not installed, or too old")(test)
-    return pytest.mark.compile_gpu(test)
+    return pytest.mark.compile_b200(test)
 
 
 @needs_compiler
@@ -82,3 +82,19 @@ def attention(q, cache, batch):
     """Of the second layer."""
     features = Features(None, None, None)
     return blackwell_decode.run(q, cache.layer_view(1), cache.order, batch, features, scale=0.1)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("max_q_len", "window", "kernels"), [(1, None, 1), (4, 1000, 1), (512, None, 2)])
+def test_all_that_is_asked_for_by_name_compiles(max_q_len, window, kernels):
+    groups = () if window is None else (LayerGroup((0, 1), window=window),)
+    spec = KVCacheSpec(2, 8, 128, 16, 131072, jnp.bfloat16, groups=groups)
+    q = jax.ShapeDtypeStruct((1024, 32, 128), jnp.bfloat16)
+
+    def program(q, cache, batch):
+        return api.attention(q, cache, layer=1, batch=batch, implementation="mosaic_blackwell")[0]
+
+    compiled = compile_for("b200", program, q, abstract_cache(spec), abstract_batch(16, max_q_len))
+    assert_views_not_copied(compiled, spec)
+    found = [rest for *_, rest in instructions(compiled) if 'custom_call_target="mosaic_gpu' in rest]
+    assert len(found) == kernels
