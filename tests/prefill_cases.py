@@ -15,10 +15,11 @@ from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch
 from jax_vattention.attention.features import Features
 
 
-def check(kernel, requests, **options) -> None:
+def check(kernel, requests, *, interpreted=True, **options) -> None:
     """Runs the kernel of a module that has `run` and `Tiling`.
 
     Args:
+      interpreted: or on the GPU.
       requests: pairs of queries and keys of a request.
       options: of the shapes, the features and the tiling.
     """
@@ -55,10 +56,11 @@ def check(kernel, requests, **options) -> None:
     scale = options.get("scale", dim**-0.5)
     out, order = kernel.run(
         q, cache.layer_view(1), cache.order, batch, features, scale=scale,
-        tiling=kernel.Tiling(**tiling), interpret=interpreter(),
+        tiling=kernel.Tiling(**tiling), interpret=interpreter() if interpreted else False,
     )  # fmt: skip
     np.testing.assert_array_equal(order, 0)
-    assert_no_races()
+    if interpreted:
+        assert_no_races()
     out = np.array(out.astype(jnp.float32))
     for row, (q_len, _) in enumerate(requests):
         own = slice(starts[row], starts[row] + q_len)

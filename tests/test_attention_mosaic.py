@@ -156,24 +156,35 @@ def test_prefill_in_the_interpreter(requests, options):
 # Both in one kernel
 
 
-@pytest.mark.parametrize(
-    ("requests", "flops_per_byte", "options"),
-    [
-        ([(5, 5), (1, 200), (0, 0), (150, 300), (1, 90), (1, 1)], 1e9, {"blocks": 3}),  # two blocks decode
-        ([(5, 5), (1, 200), (150, 300), (1, 90)], 1e-9, {"blocks": 3}),  # one does
-        ([(1, 130), (1, 8)], 1.0, {"layout": "layer_major", "group": 4}),
-        ([(40, 140), (0, 0)], 1.0, {}),
-        ([(40, 300), (1, 300), (1, 20)], 50.0, {"window": 50, "sinks": True, "soft_cap": 2.0}),
-        ([(40, 140), (1, 30), (1, 90)], 50.0, {"prefix_lens": [100, 30, 85], "head_dim": 128}),
-    ],
-    ids=str,
-)
-def test_mixed_in_the_interpreter(requests, flops_per_byte, options):
-    def run(*arguments, tiling, **also):
+MIXED = [
+    ([(5, 5), (1, 200), (0, 0), (150, 300), (1, 90), (1, 1)], 1e9, {"blocks": 3}),  # two blocks decode
+    ([(5, 5), (1, 200), (150, 300), (1, 90)], 1e-9, {"blocks": 3}),  # one does
+    ([(1, 130), (1, 8)], 1.0, {"layout": "layer_major", "group": 4}),
+    ([(40, 140), (0, 0)], 1.0, {}),
+    ([(40, 300), (1, 300), (1, 20)], 50.0, {"window": 50, "sinks": True, "soft_cap": 2.0}),
+    ([(40, 140), (1, 30), (1, 90)], 50.0, {"prefix_lens": [100, 30, 85], "head_dim": 128}),
+]
+
+
+def check_mixed(requests, flops_per_byte, **options):
+    def run(*arguments, tiling, interpret, **also):
         own = mosaic_mixed.Tiling(flops_per_byte, blocks=tiling.blocks)
-        return mosaic_mixed.run(*arguments, tiling=own, prefill_tiling=tiling, interpret_tables=True, **also)
+        also |= {"interpret": interpret, "interpret_tables": bool(interpret)}
+        return mosaic_mixed.run(*arguments, tiling=own, prefill_tiling=tiling, **also)
 
     prefill_cases.check(types.SimpleNamespace(run=run, Tiling=mosaic_prefill.Tiling), requests, **options)
+
+
+@pytest.mark.parametrize(("requests", "flops_per_byte", "options"), MIXED, ids=str)
+def test_mixed_in_the_interpreter(requests, flops_per_byte, options):
+    check_mixed(requests, flops_per_byte, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("requests", "flops_per_byte", "options"), MIXED, ids=str)
+def test_mixed_in_one_kernel(requests, flops_per_byte, options):
+    check_mixed(requests, flops_per_byte, interpreted=False, **options)
+    check_mixed(requests, 100.0, interpreted=False, **options | {"blocks": 132, "block_k": 128})
 
 
 def test_blocks_are_shared_out_by_the_work_of_both_kinds():
