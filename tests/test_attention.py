@@ -606,7 +606,7 @@ class TestArguments:
             ({"shape": (1, 3, 64)}, "3 heads, which is not a multiple of the cache's 2"),
             ({"layer": 2}, "layer: expected 0 to 1, got 2"),
             ({"layer": -1}, "layer: expected 0 to 1, got -1"),
-            ({"implementation": "fast"}, "mosaic, triton, cudnn, reference, got 'fast'"),
+            ({"implementation": "fast"}, "mosaic, triton, cudnn, mosaic_blackwell, reference, got 'fast'"),
             ({"implementation": ()}, "empty sequence"),
             ({"soft_cap": 0}, "soft_cap must be positive and finite, got 0; pass None"),
             ({"soft_cap": -1.0}, "soft_cap must be positive and finite, got -1.0"),
@@ -696,7 +696,7 @@ class TestArguments:
                 self.run(sinks=sinks)
                 self.run(sinks=sinks, implementation="reference")  # named: nothing to say
         heads = "decode, float32, 4 query and 2 KV heads of 64, token_major"
-        only = "'mosaic' runs on cuda only; 'triton' runs on cuda only; 'cudnn' runs on cuda only"
+        only = "; ".join(f"'{name}' runs on cuda only" for name in ("mosaic", "triton", "cudnn", "mosaic_blackwell"))
         assert caplog.messages == [
             f"attention on {kind}: {heads}: 'picky'",
             f"attention on {kind}: {heads}, sinks: 'reference' ('picky' does not serve sinks; {only})",
