@@ -521,11 +521,12 @@ def attend_through(
     layers: Sequence[int],
 ) -> tuple[list[jax.Array], jax.Array]:
     """As `attend`, through the `run` of one kernel, with options that `attention` does not have."""
+    # Traced and lowered once, not for each layer.
+    kernel = jax.jit(functools.partial(kernel, scale=queries[0].shape[-1] ** -0.5))
     results: list[jax.Array] = []
     order = cache.order
     for layer, q in zip(layers, queries, strict=True):
-        q, view = after(q, results), cache.layer_view(layer)
-        out, order = kernel(q, view, order, batch, Features(), scale=q.shape[-1] ** -0.5)
+        out, order = kernel(after(q, results), cache.layer_view(layer), order, batch, Features())
         results.append(out)
     return results, order
 

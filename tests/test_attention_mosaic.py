@@ -35,12 +35,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
         ([130, 0, 33], {"dtype": "float8_e4m3fn"}),
         ([130, 40], {"paged": True}),
         ([0, 0], {}),
+        # Eight KV heads are read together.
+        ([100, 7, 0, 33], {"kv_heads": 8, "blocks": 3}),
+        ([41, 70], {"kv_heads": 16, "group": 8, "layout": "layer_major", "block_k": 128, "head_dim": 128}),
+        ([70, 9], {"kv_heads": 8, "group": 1, "soft_cap": 2.0, "sinks": True, "dtype": "float16", "head_dim": 96}),
+        ([60, 2, 25, 0], {"kv_heads": 8, "group": 2, "queries": [2, 1, 3, 0], "window": 30}),
+        ([33, 17], {"kv_heads": 8, "queries": [2, 2], "prefix": [32, 0], "group": 3, "block_k": 128}),
+        ([50, 0, 19], {"kv_heads": 8, "dtype": "float8_e4m3fn", "streams": 2}),
+        ([40, 17], {"kv_heads": 8, "paged": True}),
+        ([40, 17], {"kv_heads": 8, "together": 1}),
     ],
     ids=str,
 )
 def test_in_the_interpreter(lengths, options):
     options = {"blocks": 2} | options
-    sizes = {name: options.pop(name) for name in ("blocks", "streams") if name in options}
+    sizes = {name: options.pop(name) for name in ("blocks", "streams", "block_k", "together") if name in options}
     check_decode(mosaic_decode.run, lengths, tiling=mosaic_decode.Tiling(**sizes), **options)
 
 

@@ -59,7 +59,8 @@ def default_tiling(head_dim: int) -> Tiling:
 
     Memory delivers a tile of 64 columns before one stream is done with the last.
     """
-    return Tiling(block_k=128 if head_dim <= 128 else 64, streams=2 if head_dim <= 64 else 1, blocks=BLOCKS)
+    block_k, streams = 128 if head_dim <= 128 else 64, 2 if head_dim <= 64 else 1
+    return Tiling(block_k=block_k, streams=streams, blocks=BLOCKS, together=1)
 
 
 class Tcgen05(mosaic_decode.Products):

@@ -1,11 +1,9 @@
 """How decode attention is split over the streams of a GPU, and how what they found is joined.
 
-As in Stream-K (Osama et al., arXiv 2301.03598) the keys of all requests and KV heads stand in one row, and every stream
-takes an equal part of it, whatever the lengths. A pair of a KV head and a request whose keys lie in the parts of
-several streams is joined afterwards, as in Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023).
-
-The row has one head after the other, and in each all requests: streams that are `streams / heads` apart read the same
-tokens of different heads at the same time, and these are neighbours in memory.
+As in Stream-K (Osama et al., arXiv 2301.03598) the keys of all requests stand in one row, and every stream takes an
+equal part of it, whatever the lengths. If not all KV heads are read together, their sets stand in it one after the
+other, each with all requests. A pair of a set and a request whose keys lie in the parts of several streams is joined
+afterwards, as in Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023).
 """
 
 from __future__ import annotations
@@ -48,17 +46,17 @@ _REQUEST, _QUERY, _START, _UNITS = range(4)
 class Split:
     """Who does what. It depends on no layer: XLA computes it once in a program.
 
-    Pair `p` is KV head `p // requests` of request `p % requests`.
+    Pair `p` is set `p // requests` of KV heads, of request `p % requests`.
     """
 
     requests: jax.Array
     """int32 `[requests, 8]`: first query token, row of token 0 in the view, queries, keys (0 without queries), the
     first key that its first query sees, the length of its bidirectional prefix, and the first row of its result."""
     streams: jax.Array
-    """int32 `[streams, 8]`: first pair, first key of it, units, pairs, the units of all requests of one head, and how
+    """int32 `[streams, 8]`: first pair, first key of it, units, pairs, the units of all requests of one set, and how
     many of the streams take part."""
     owners: jax.Array
-    """int32 `[tokens, 4]`: the request whose query a token is, or -1; which of its queries; units of one head before
+    """int32 `[tokens, 4]`: the request whose query a token is, or -1; which of its queries; units of one set before
     that request; and its own units."""
 
 
@@ -73,7 +71,7 @@ def split(
     features: Features,
     *,
     tokens: int,
-    heads: int,
+    sets: int,
     streams: int,
     active: jax.Array | None = None,
     out_rows: jax.Array | None = None,
@@ -83,7 +81,7 @@ def split(
 
     Args:
       tokens: of the query array.
-      heads: of K and V.
+      sets: of KV heads.
       streams: at most.
       active: int32 `[1]`: only the first so many of them.
       out_rows: int32 `[requests]`: where the result of each request begins; where its queries do, unless said.
@@ -93,7 +91,7 @@ def split(
     mapped_first = None if view.window is None else view.mapped[0, slots]
     chunk = max(1, _SEARCHED_ELEMENTS // pl.next_power_of_2(batch.num_requests))
     requests, table, owners = pl.pallas_call(
-        functools.partial(_schedule_kernel, chunk=chunk, heads=heads, slot_tokens=slot_tokens, window=view.window),
+        functools.partial(_schedule_kernel, chunk=chunk, sets=sets, slot_tokens=slot_tokens, window=view.window),
         out_shape=[
             jax.ShapeDtypeStruct((batch.num_requests, 8), jnp.int32),
             jax.ShapeDtypeStruct((streams, 8), jnp.int32),
@@ -109,7 +107,7 @@ def split(
 
 def _schedule_kernel(
     slots, q_starts, q_lens, kv_lens, mapped_first, prefix_lens, active, out_rows, requests, streams, owners, *,
-    chunk: int, heads: int, slot_tokens: int, window: int | None,
+    chunk: int, sets: int, slot_tokens: int, window: int | None,
 ):  # fmt: skip
     """Each program makes `chunk` rows of the tables. Fused by XLA the same takes about twenty launches."""
     count = slots.shape[0]
@@ -142,18 +140,18 @@ def _schedule_kernel(
         return jnp.sum(jnp.where(which, values[None, :], 0), axis=1)
 
     taking_part = streams.shape[0] if active is None else active[0]
-    each, more = _shares(total, heads, taking_part)
+    each, more = _shares(total, sets, taking_part)
     low, own = line * each + jnp.minimum(line, more), each + (line < more).astype(jnp.int32)
     own = jnp.where(line < taking_part, own, 0)
 
     def pair_of(unit):
         """The pair of a unit, and which key is its first."""
-        head = jnp.minimum(unit // jnp.maximum(total, 1), heads - 1)
-        within = unit - head * total
+        number = jnp.minimum(unit // jnp.maximum(total, 1), sets - 1)
+        within = unit - number * total
         before = ends[None, :] <= within[:, None]  # requests behind the last one have no units
         request = jnp.minimum(jnp.sum(before.astype(jnp.int32), axis=1), count - 1)
         seen = picked(rows[None, :] == request[:, None], first_unit_key(lower))
-        return head * count + request, seen + (within - picked(before, units)) * GRAIN
+        return number * count + request, seen + (within - picked(before, units)) * GRAIN
 
     (first, key), (last, _) = pair_of(low), pair_of(low + own - 1)
     pairs = jnp.where(own > 0, last - first + 1, 0)
@@ -170,9 +168,9 @@ def _schedule_kernel(
         triton.store(owners.at[line, column], values, mask=line < owners.shape[0])
 
 
-def _shares(total: jax.Array, heads: int, streams: Any) -> tuple[jax.Array, jax.Array]:
+def _shares(total: jax.Array, sets: int, streams: Any) -> tuple[jax.Array, jax.Array]:
     """Units of each stream, and how many of the first streams take one more."""
-    return total * heads // streams, total * heads % streams
+    return total * sets // streams, total * sets % streams
 
 
 def _stream_of(unit: jax.Array, each: jax.Array, more: jax.Array) -> jax.Array:
@@ -190,6 +188,7 @@ def join(
     features: Features,
     *,
     heads: int,
+    sets: int,
     first_row: Any,
     whole_are_there: bool,
     fill: bool = True,
@@ -210,7 +209,9 @@ def join(
       `(out, order)`.
     """
     order, out = pl.pallas_call(
-        functools.partial(_join_kernel, heads=heads, first_row=first_row, whole_are_there=whole_are_there, fill=fill),
+        functools.partial(
+            _join_kernel, heads=heads, sets=sets, first_row=first_row, whole_are_there=whole_are_there, fill=fill
+        ),
         out_shape=[jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (order, out)],
         grid=(heads, split.owners.shape[0]),
         input_output_aliases={0: 0, 1: 1},
@@ -222,17 +223,18 @@ def join(
 
 
 def _join_kernel(
-    _order, _out, requests, owners, streams, parts, lse, sinks, _order_out, out_ref, *, heads: int, first_row: Any,
-    whole_are_there: bool, fill: bool,
+    _order, _out, requests, owners, streams, parts, lse, sinks, _order_out, out_ref, *, heads: int, sets: int,
+    first_row: Any, whole_are_there: bool, fill: bool,
 ):  # fmt: skip
     """The query heads of one token that share a KV head; zeros if no request owns the token."""
     head, token = pl.program_id(0), pl.program_id(1)
     total = streams[0, ALL_UNITS]
     request, query, start, units = (owners[token, column] for column in range(4))
-    unit = head * total + start
-    shares = _shares(total, heads, streams[0, _ACTIVE])
+    number = head // (heads // sets)
+    unit = number * total + start
+    shares = _shares(total, sets, streams[0, _ACTIVE])
     from_stream, to_stream = _stream_of(unit, *shares), _stream_of(unit + units - 1, *shares)
-    first = head * requests.shape[0] + request + from_stream
+    first = number * requests.shape[0] + request + from_stream
     end = jnp.where(units > 0, first + to_stream - from_stream + 1, first)
     to_do = request >= (-1 if fill else 0)
     if whole_are_there:

@@ -42,12 +42,14 @@ class Tiling:
     """What may be tuned: shared memory holds `block_k * stages` tokens of K and V for each of the streams."""
 
     block_k: int = 64
-    """Tokens of a tile."""
+    """Rows of a tile of K or V: a row is one head of a token."""
     stages: int = 2
     """Tiles of a stream that are in flight or being read."""
     streams: int = 1
     """Of a block."""
     blocks: int = BLOCKS
+    together: int = BOX
+    """KV heads of a tile, 1 or 8: tokens are read with all of these heads at once, if there are as many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Shape:
 
     def parts(self, batch: RaggedBatch) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """What the kernel writes for `decode_split.join`, beside final results."""
-        segments = batch.num_requests * self.num_kv_heads + self.streams
+        segments = batch.num_requests * self.sets + self.streams
         return (
             jax.ShapeDtypeStruct((segments, self.rows, self.head_dim), jnp.float32),
             jax.ShapeDtypeStruct((segments, self.rows), jnp.float32),
@@ -118,42 +120,80 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        """Rows of the query tile that are copied."""
-        return -(-self.queries * self.group // BOX) * BOX
+        """Rows of the query tile that are copied: of each query all the query heads of a set."""
+        return -(-self.queries * self.set_heads // BOX) * BOX
+
+    @property
+    def together(self) -> int:
+        """KV heads of a set. Their rows are products of one tile of K, in which each sees every so many columns.
+
+        The rows of a `wgmma` would be idle otherwise. What one set reads of a token is one stretch of memory, and as
+        layers are interleaved, no other stream has to come to the same page for another head.
+        """
+        many = self.tiling.together
+        fits = self.num_kv_heads % many == 0 and many * self.group * self.queries <= ROWS
+        return many if fits else 1
+
+    @property
+    def sets(self) -> int:
+        """Of KV heads."""
+        return self.num_kv_heads // self.together
+
+    @property
+    def set_heads(self) -> int:
+        """Query heads of a set."""
+        return self.together * self.group
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens of a tile of K or V."""
+        return self.tiling.block_k // self.together
+
+    @property
+    def tile(self) -> tuple[int, ...]:
+        """Sizes of a tile of K or V in shared memory; the same memory as `[block_k, head_dim]`."""
+        if self.together == 1 or self.interpreted:  # to the interpreter it is another shape
+            return self.tiling.block_k, self.head_dim
+        return self.tile_tokens, self.together, self.head_dim
 
     @property
     def sharing(self) -> int:
         """KV heads whose query heads are neighbours in one query tile; each uses rows of its own."""
+        if self.together > 1:
+            return self.together
         fits = self.queries == 1 and BOX % self.group == 0 and self.num_kv_heads * self.group % BOX == 0
         return BOX // self.group if fits else 1
 
-    def query_tile(self, request: jax.Array, token: jax.Array, head: jax.Array) -> jax.Array:
-        """Which of `query_tiles` holds the query heads of a KV head."""
+    def query_tile(self, request: jax.Array, token: jax.Array, number: jax.Array) -> jax.Array:
+        """Which of `query_tiles` holds the query heads of the set of this number."""
         row = token if self.queries == 1 else request
-        return lax.div(row * self.num_kv_heads + head, self.sharing)
+        return lax.div((row * self.sets + number) * self.together, self.sharing)
 
     def first_row(self, head: jax.Array, query: Any) -> jax.Array:
         """Row in a query tile of the first query head of a KV head, for a request's query of this number."""
-        return lax.rem(head, self.sharing) * self.group + query * self.group
+        return lax.rem(head, self.sharing) * self.group + query * self.set_heads
 
     def query_tiles(self, q: jax.Array, batch: RaggedBatch) -> jax.Array:
         """`[tiles, rows, head_dim]`: the same memory, if a request has one query and rows need no padding."""
-        if self.queries == 1 and (self.sharing > 1 or self.group == self.rows):
+        if self.queries == 1 and (self.sharing > 1 or self.set_heads == self.rows):
             return q.reshape(-1, self.rows, self.head_dim)
         if self.queries == 1:
-            q = q.reshape(-1, self.group, self.head_dim)
+            q = q.reshape(-1, self.set_heads, self.head_dim)
         else:
             at = batch.q_starts[:, None] + jnp.arange(self.queries, dtype=jnp.int32)
-            q = q[jnp.minimum(at, q.shape[0] - 1)].reshape(
-                -1, self.queries, self.num_kv_heads, self.group, self.head_dim
-            )
-            q = q.swapaxes(1, 2).reshape(-1, self.queries * self.group, self.head_dim)
+            q = q[jnp.minimum(at, q.shape[0] - 1)].reshape(-1, self.queries, self.sets, self.set_heads, self.head_dim)
+            q = q.swapaxes(1, 2).reshape(-1, self.queries * self.set_heads, self.head_dim)
         return jnp.pad(q, ((0, 0), (0, self.rows - q.shape[1]), (0, 0)))
 
     @property
     def copies(self) -> int:
         """That a whole tile of K or V takes."""
-        return self.tiling.block_k // GRAIN if self.paged else 1
+        return max(1, self.tile_tokens // GRAIN) if self.paged else 1
+
+    @property
+    def arrivals(self) -> int:
+        """Of each of these copies; the interpreter has no other way than one for each token of a set's heads."""
+        return self.tile_tokens // self.copies if self.interpreted and self.together > 1 else 1
 
     @property
     def out_columns(self) -> int:
@@ -167,7 +207,7 @@ class Shape:
 
     @property
     def one_limit(self) -> bool:
-        """Whether all rows of a query tile see the same keys."""
+        """Whether all rows of a query tile see the same keys of their head."""
         return self.queries == 1
 
     @property
@@ -275,13 +315,13 @@ def run(
         Only to measure what the indirection of a paged cache costs (`benchmarks/decode.py`): ours needs none.
       products: how the GPU multiplies.
     """
-    num_kv_heads, columns = view.num_kv_heads, Columns.of(view)
+    columns = Columns.of(view)
     tiling = tiling or tuned(Tiling(), "mosaic_decode", q.shape[2], view.k.dtype)
     shape = Shape.of(
         q, view, batch, features, scale=scale, tiling=tiling, paged=page_table is not None, interpret=interpret
     )
     split = tables.split(
-        batch, view, features, tokens=q.shape[0], heads=num_kv_heads, streams=shape.streams, interpret=interpret_tables
+        batch, view, features, tokens=q.shape[0], sets=shape.sets, streams=shape.streams, interpret=interpret_tables
     )
     queries = q.astype(jnp.float16) if shape.quantized else q
     pages = jnp.zeros((1, 1), jnp.int32) if page_table is None else page_table
@@ -310,7 +350,7 @@ def run(
         order,
     )
     return tables.join(
-        out, parts, lse, split, order, features, heads=num_kv_heads, first_row=shape.first_row,
+        out, parts, lse, split, order, features, heads=view.num_kv_heads, sets=shape.sets, first_row=shape.first_row,
         whole_are_there=shape.direct, interpret=interpret_tables,
     )  # fmt: skip
 
@@ -322,30 +362,36 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
     def tiles(*sizes: int, dtype: Any = dtype):
         return swizzled((streams, *sizes), dtype, sizes[-1])
 
+    def kv():
+        return swizzled((streams, stages, *shape.tile), kv_dtype, shape.head_dim, rank=len(shape.tile))
+
     many = streams * stages
+    whole = shape.copies * shape.arrivals
+    boxes = shape.tile_tokens // BOX * (BOX if shape.arrivals > 1 else 1)
     return {
         "q_smem": tiles(2, ROWS, shape.head_dim),
-        "k_smem": tiles(stages, block_k, shape.head_dim, dtype=kv_dtype),
-        "v_smem": tiles(stages, block_k, shape.head_dim, dtype=kv_dtype),
+        "k_smem": kv(),
+        "v_smem": kv(),
         **({name: tiles(block_k, shape.head_dim) for name in ("k_wide", "v_wide")} if shape.quantized else {}),
         "out_smem": tiles(ROWS, shape.out_columns, dtype=jnp.float32),
         "lse_smem": plgpu.SMEM((streams, ROWS), jnp.float32),
         **({"row_smem": plgpu.SMEM((streams, ROWS, shape.head_dim), out_dtype)} if shape.interpreted else {}),
         "q_ready": plgpu.Barrier(num_barriers=2 * streams),
-        "k_ready": plgpu.Barrier(num_arrivals=shape.copies, num_barriers=many),
-        "v_ready": plgpu.Barrier(num_arrivals=shape.copies, num_barriers=many),
-        "k_tail_ready": plgpu.Barrier(num_arrivals=block_k // BOX, num_barriers=many),
-        "v_tail_ready": plgpu.Barrier(num_arrivals=block_k // BOX, num_barriers=many),
+        "k_ready": plgpu.Barrier(num_arrivals=whole, num_barriers=many),
+        "v_ready": plgpu.Barrier(num_arrivals=whole, num_barriers=many),
+        "k_tail_ready": plgpu.Barrier(num_arrivals=boxes, num_barriers=many),
+        "v_tail_ready": plgpu.Barrier(num_arrivals=boxes, num_barriers=many),
         "k_free": plgpu.Barrier(num_barriers=many),
         "v_free": plgpu.Barrier(num_barriers=many),
     }
 
 
-def swizzled(sizes: tuple[int, ...], dtype: Any, together: int) -> Any:
-    """Shared memory in which as much of a row is swizzled as divides so many of its elements."""
+def swizzled(sizes: tuple[int, ...], dtype: Any, together: int, *, rank: int = 2) -> Any:
+    """Shared memory in which as much of a row is swizzled as divides so many of its elements; a tile has this rank."""
     swizzle = math.gcd(together * jnp.dtype(dtype).itemsize, 128)
     width = swizzle // jnp.dtype(dtype).itemsize
-    transforms = (plgpu.TilingTransform((BOX, width)), plgpu.SwizzleTransform(swizzle))
+    tiling = (*(1,) * (rank - 2), BOX, width)
+    transforms = (plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(sizes, dtype, transforms=transforms)
 
 
@@ -419,6 +465,7 @@ class _Piece(NamedTuple):
     """Of those of this stream."""
     request: jax.Array
     head: jax.Array
+    """The first KV head of the set."""
     of: _Request
     first: jax.Array
     end: jax.Array
@@ -428,13 +475,13 @@ class _Piece(NamedTuple):
         """Whether it has all keys of the pair."""
         return (self.first == tables.first_unit_key(self.of.lower)) & (self.end == self.of.length)
 
-    def tiles(self, block_k: int) -> jax.Array:
-        """Of `block_k` keys; the last may have fewer."""
-        return lax.div(self.end - self.first + block_k - 1, block_k)
+    def tiles(self, tokens: int) -> jax.Array:
+        """Of so many; the last may have fewer."""
+        return lax.div(self.end - self.first + tokens - 1, tokens)
 
-    def whole_tiles(self, block_k: int) -> jax.Array:
+    def whole_tiles(self, tokens: int) -> jax.Array:
         """Those that have as many."""
-        return lax.div(self.end - self.first, block_k)
+        return lax.div(self.end - self.first, tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -461,20 +508,21 @@ class Work:
         """`carry = body(piece, carry)` for every piece."""
         count = self.requests.shape[0]
         first_key, units = (self.streams[self.stream, column] for column in (tables.FIRST_KEY, tables.NUM_UNITS))
-        head, request = lax.div(self.first_pair, count), lax.rem(self.first_pair, count)
+        number, request = lax.div(self.first_pair, count), lax.rem(self.first_pair, count)
 
         def step(i, state):
-            left, head, request, of, carry = state
+            left, number, request, of, carry = state
             following = jnp.where(request + 1 == count, 0, request + 1)
             # Read ahead: between two pieces nothing waits for the table.
             next_of = _Request.read(self.requests, following)
             first = jnp.where(i == 0, first_key, tables.first_unit_key(of.lower))
             end = jnp.minimum(of.length, first + left * GRAIN)
+            head = number * self.shape.together
             carry = body(_Piece(self.first_pair + i, i, request, head, of, first, end), carry)
             left = left - lax.div(end - first + GRAIN - 1, GRAIN)
-            return left, jnp.where(following == 0, head + 1, head), following, next_of, carry
+            return left, jnp.where(following == 0, number + 1, number), following, next_of, carry
 
-        state = (units, head, request, _Request.read(self.requests, request), carry)
+        state = (units, number, request, _Request.read(self.requests, request), carry)
         return lax.fori_loop(0, self.num_pairs, step, state)[-1]
 
 
@@ -496,7 +544,7 @@ def copy(
     **_,
 ):
     """The warpgroup that copies K and V."""
-    block_k, stages = work.shape.tiling.block_k, work.shape.tiling.stages
+    shape, tokens, stages = work.shape, work.shape.tile_tokens, work.shape.tiling.stages
     sides = (
         (k_ref, k_smem, k_ready, k_tail_ready, k_free),
         (v_ref, v_smem, v_ready, v_tail_ready, v_free),
@@ -504,42 +552,37 @@ def copy(
 
     def place(piece: _Piece, token):
         """Where in its slot a token is."""
-        if not work.shape.paged:
+        if not shape.paged:
             return token
         return pages[piece.request, lax.div(token, GRAIN)] * GRAIN + lax.rem(token, GRAIN)
 
     def piece(piece: _Piece, count):
         base = pl.multiple_of(piece.of.row, BOX)
-        columns = layer + piece.head, layer + piece.head + work.shape.v_column
+        columns = layer + piece.head, layer + piece.head + shape.v_column
 
         def tile(tile, count, *, tail: bool):
             stage = lax.rem(count, stages)
             barrier = work.local * stages + stage
-            token = piece.first + tile * block_k
-            for side, (ref, smem, ready, tail_ready, free) in enumerate(sides):
-                column = columns[side]
+            token = piece.first + tile * tokens
+            for column, (ref, smem, ready, tail_ready, free) in zip(columns, sides, strict=True):
+                smem = smem.at[work.local, stage]
 
                 @pl.when(count >= stages)
                 def _(free=free):
                     plgpu.barrier_wait(free.at[barrier])
 
-                if not tail:
-                    size = block_k // work.shape.copies
-                    for part in range(0, block_k, size):
-                        rows = pl.ds(pl.multiple_of(base + place(piece, token + part), BOX), size)
-                        target = smem.at[work.local, stage, pl.ds(part, size)]
-                        plgpu.copy_gmem_to_smem(ref.at[rows, column], target, ready.at[barrier])
-                    continue
-                for box in range(0, block_k, BOX):
-                    begin = jnp.where(token + box < piece.end, token + box, token)
-                    rows = pl.ds(pl.multiple_of(base + place(piece, begin), BOX), BOX)
-                    target = smem.at[work.local, stage, pl.ds(box, BOX)]
-                    plgpu.copy_gmem_to_smem(ref.at[rows, column], target, tail_ready.at[barrier])
+                size = BOX if tail else tokens // shape.copies
+                for part in range(0, tokens, size):
+                    begin = token + part
+                    if tail:
+                        begin = jnp.where(begin < piece.end, begin, token)
+                    row = pl.multiple_of(base + place(piece, begin), BOX)
+                    _copy(shape, ref, row, column, smem, part, size, (tail_ready if tail else ready).at[barrier])
             return count + 1
 
-        whole = piece.whole_tiles(block_k)
+        whole = piece.whole_tiles(tokens)
         count = lax.fori_loop(0, whole, functools.partial(tile, tail=False), count)
-        return lax.fori_loop(whole, piece.tiles(block_k), functools.partial(tile, tail=True), count)
+        return lax.fori_loop(whole, piece.tiles(tokens), functools.partial(tile, tail=True), count)
 
     count = work.each_piece(piece, jnp.int32(0))
 
@@ -551,6 +594,20 @@ def copy(
     lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
 
 
+def _copy(shape: Shape, ref, row, column, smem, part: int, size: int, ready) -> None:
+    """Copies so many tokens of a set to where token `part` of a tile is."""
+    if shape.together == 1:
+        plgpu.copy_gmem_to_smem(ref.at[pl.ds(row, size), column], smem.at[pl.ds(part, size)], ready)
+        return
+    heads = pl.ds(column, shape.together)
+    if not shape.interpreted:
+        plgpu.copy_gmem_to_smem(ref.at[pl.ds(row, size), heads], smem.at[pl.ds(part, size)], ready)
+        return
+    for token in range(size):
+        target = smem.at[pl.ds((part + token) * shape.together, shape.together)]
+        plgpu.copy_gmem_to_smem(ref.at[row + token, heads], target, ready)
+
+
 def multiply(
     work: Work, products: type[Products], q_ref, scales, first_scale, out_ref, parts_ref, lse_ref, *, q_smem, k_smem,
     v_smem, out_smem, lse_smem, q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, k_wide=None,
@@ -559,13 +616,14 @@ def multiply(
     """The warpgroup that computes."""
     shape, local = work.shape, work.local
     own, width = products(local, **memory), products.width(shape.head_dim)
-    block_k, stages = shape.tiling.block_k, shape.tiling.stages
+    tokens, stages = shape.tile_tokens, shape.tiling.stages
     out, lse = out_smem.at[local], lse_smem.at[local]
     used = pl.ds(0, shape.rows)
 
     def load_q(number, request, head):
         """For the piece of this number, of those of the stream."""
-        tile = shape.query_tile(request, work.requests[request, tables.TOKEN], head)
+        of = lax.div(head, shape.together)
+        tile = shape.query_tile(request, work.requests[request, tables.TOKEN], of)
         buffer = lax.rem(number, 2)
         target = q_smem.at[local, buffer, used]
         plgpu.copy_gmem_to_smem(q_ref.at[tile], target, q_ready.at[2 * local + buffer])
@@ -573,46 +631,49 @@ def multiply(
     @pl.when(work.num_pairs > 0)
     def _():
         count = work.requests.shape[0]
-        load_q(0, lax.rem(work.first_pair, count), lax.div(work.first_pair, count))
+        load_q(0, lax.rem(work.first_pair, count), lax.div(work.first_pair, count) * shape.together)
 
     def piece(piece: _Piece, count):
         # Ahead of its use: while memory is busy a copy takes microseconds.
         @pl.when(piece.number + 1 < work.num_pairs)
         def _():
             wraps = piece.request + 1 == work.requests.shape[0]
-            request, head = jnp.where(wraps, 0, piece.request + 1), jnp.where(wraps, piece.head + 1, piece.head)
-            load_q(piece.number + 1, request, head)
+            request = jnp.where(wraps, 0, piece.request + 1)
+            load_q(piece.number + 1, request, jnp.where(wraps, piece.head + shape.together, piece.head))
 
         buffer = lax.rem(piece.number, 2)
         q = q_smem.at[local, buffer]
         plgpu.barrier_wait(q_ready.at[2 * local + buffer])
-        whole = piece.whole_tiles(block_k)
-        scale = shape.scale * scales[first_scale + piece.head] if shape.quantized else shape.scale
+        whole = piece.whole_tiles(tokens)
+        scale = shape.scale * _LOG2_E if shape.soft_cap is None else shape.scale / shape.soft_cap
+        if shape.quantized:
+            scale = scale * _of_rows(shape, scales, first_scale + piece.head)
 
         def tile(tile, state, *, masked: bool):
             count, maximum, total, acc = state
             stage = lax.rem(count, stages)
             barrier = local * stages + stage
-            k, v = k_smem.at[local, stage], v_smem.at[local, stage]
-            first = piece.first + tile * block_k
+            k, v = (_rows(shape, each.at[local, stage]) for each in (k_smem, v_smem))
+            first = piece.first + tile * tokens
             _wait(k_ready, k_tail_ready, barrier, tile >= whole, masked)
             if shape.quantized:
                 _widen(k, k_wide.at[local])
                 plgpu.barrier_arrive(k_free.at[barrier])
                 _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
-                _widen(v, v_wide.at[local], functools.partial(_inside, piece, first) if masked else None)
+                _widen(v, v_wide.at[local], functools.partial(_inside, shape, piece, first) if masked else None)
                 plgpu.barrier_arrive(v_free.at[barrier])
                 k, v = k_wide.at[local], v_wide.at[local]
 
             qk = own.scores(q, k)
             if not shape.quantized:
                 plgpu.barrier_arrive(k_free.at[barrier])
-            if shape.soft_cap is None:
-                qk = qk * (scale * _LOG2_E)
-            else:
-                qk = jnp.tanh(qk * (scale / shape.soft_cap)) * (shape.soft_cap * _LOG2_E)
+            qk = _times(qk, scale)
+            if shape.soft_cap is not None:
+                qk = jnp.tanh(qk) * (shape.soft_cap * _LOG2_E)
             if masked:
                 qk = jnp.where(_visible(shape, piece, first), qk, -jnp.inf)
+            if shape.together > 1:
+                qk = jnp.where(_own_head(shape), qk, -jnp.inf)
             new_maximum = jnp.maximum(maximum, qk.max(axis=1))
             base = new_maximum
             if not shape.all_see_keys:
@@ -624,7 +685,7 @@ def multiply(
             if not shape.quantized:
                 _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
                 if masked:
-                    _clear_unseen(v, piece, first)
+                    _clear_unseen(shape, v, piece, first)
             acc = own.add(acc, shrink, weights, v)
             if not shape.quantized:
                 plgpu.barrier_arrive(v_free.at[barrier])
@@ -651,7 +712,8 @@ def multiply(
             divisor = total if shape.all_see_keys else jnp.where(total == 0, jnp.ones_like(total), total)
             result = tuple(part / lax.broadcast_in_dim(divisor, part.shape, [0]) for part in acc)
             if shape.quantized:
-                result = tuple(part * scales[first_scale + shape.num_kv_heads + piece.head] for part in result)
+                of_v = _of_rows(shape, scales, first_scale + shape.num_kv_heads + piece.head)
+                result = tuple(_times(part, of_v) for part in result)
             is_final = piece.is_whole if shape.direct else False
 
             @pl.when(is_final)
@@ -681,7 +743,7 @@ def multiply(
 
 def _store_final(result: Parts, shape: Shape, piece: _Piece, out_ref, row_smem) -> None:
     """Writes the rows of a pair's queries to where `decode_split.join` would."""
-    group, count = shape.group, piece.of.queries * shape.group
+    group, count = shape.set_heads, piece.of.queries * shape.set_heads
     low, head = shape.first_row(piece.head, 0), piece.head * shape.group
     width = result[0].shape[1]
     if not shape.interpreted:
@@ -703,6 +765,35 @@ def _store_final(result: Parts, shape: Shape, piece: _Piece, out_ref, row_smem) 
     plgpu.wait_smem_to_gmem(0)
 
 
+def _rows(shape: Shape, tile):
+    """A tile of K or V as `[block_k, head_dim]`."""
+    return tile.reshape(shape.tiling.block_k, shape.head_dim) if len(shape.tile) > 2 else tile
+
+
+def _times(array: jax.Array, factor: Any) -> jax.Array:
+    """By a number, or by one for each row."""
+    return array * (lax.broadcast_in_dim(factor, array.shape, [0]) if jnp.ndim(factor) else factor)
+
+
+def _of_rows(shape: Shape, scales, first) -> jax.Array:
+    """The scale of each row's KV head: `[ROWS]`, or one number; `first` is where that of the first head of a set is."""
+    if shape.together == 1:
+        return scales[first]
+    layout = plgpu.Layout.WGMMA.reduce(1)
+    head = lax.div(lax.rem(_iota((ROWS,), 0, layout), shape.set_heads), shape.group)
+    found = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout)
+    for number in range(shape.together):
+        found = jnp.where(head == number, scales[first + number], found)
+    return found
+
+
+def _own_head(shape: Shape) -> jax.Array:
+    """bool `[ROWS, block_k]`: whether a column of a tile is of the KV head that a row belongs to."""
+    sizes = (ROWS, shape.tiling.block_k)
+    head = lax.div(lax.rem(_iota(sizes, 0), shape.set_heads), shape.group)
+    return lax.rem(_iota(sizes, 1), shape.together) == head
+
+
 def _wait(ready, tail_ready, barrier, is_tail, masked: bool) -> None:
     """Until a tile is there, whole or in boxes; one that is in boxes is always masked."""
     if not masked:
@@ -720,28 +811,28 @@ def _wait(ready, tail_ready, barrier, is_tail, masked: bool) -> None:
 
 def _tile_kinds(shape: Shape, piece: _Piece) -> tuple[Any, jax.Array, jax.Array]:
     """Tiles `0 .. a - 1` need a mask, as `b .. c - 1` do; the ones between do not. Returns `(a, b, c)`."""
-    block_k = shape.tiling.block_k
-    tiles, whole = piece.tiles(block_k), piece.whole_tiles(block_k)
+    tokens = shape.tile_tokens
+    tiles, whole = piece.tiles(tokens), piece.whole_tiles(tokens)
     before: Any = 0
     if shape.window is not None:
         all_from = piece.of.length - shape.window  # the first key that the last query sees
-        before = jnp.clip(lax.div(all_from - piece.first + block_k - 1, block_k), 0, tiles)
+        before = jnp.clip(lax.div(all_from - piece.first + tokens - 1, tokens), 0, tiles)
         before = jnp.where(piece.of.lower > piece.first, jnp.maximum(before, jnp.minimum(1, tiles)), before)
     if shape.one_limit:
         return before, jnp.maximum(whole, before), tiles
     all_until = jnp.maximum(piece.of.length - piece.of.queries + 1, piece.of.prefix)
-    plain_end = lax.div(jnp.maximum(jnp.minimum(all_until, piece.end) - piece.first, 0), block_k)
+    plain_end = lax.div(jnp.maximum(jnp.minimum(all_until, piece.end) - piece.first, 0), tokens)
     return before, jnp.maximum(plain_end, before), tiles
 
 
 def _visible(shape: Shape, piece: _Piece, first) -> jax.Array:
-    """bool `[ROWS, block_k]`: which keys of the tile that begins with key `first` each row sees."""
+    """bool `[ROWS, block_k]`: which keys of the tile that begins with key `first` each row sees, of its head."""
     sizes = (ROWS, shape.tiling.block_k)
-    keys = first + _iota(sizes, 1)
+    keys = first + lax.div(_iota(sizes, 1), shape.together)
     seen = keys < piece.end
     if shape.one_limit:
         return seen if shape.window is None else seen & (keys >= piece.of.lower)
-    last = piece.of.length - piece.of.queries + lax.div(_iota(sizes, 0), shape.group)
+    last = piece.of.length - piece.of.queries + lax.div(_iota(sizes, 0), shape.set_heads)
     if shape.window is not None:
         seen &= (keys > last - shape.window) & (keys >= piece.of.lower)
     if shape.prefixes:
@@ -749,18 +840,17 @@ def _visible(shape: Shape, piece: _Piece, first) -> jax.Array:
     return seen & (keys <= last)
 
 
-def _clear_unseen(v, piece: _Piece, first) -> None:
+def _clear_unseen(shape: Shape, v, piece: _Piece, first) -> None:
     """Whatever lies around the request's tokens, NaN too, times a weight of 0 must be 0."""
-    block_k = v.shape[0]
     # In a piece that ends within the request all boxes are of its tokens.
     outside = jnp.logical_or(
-        jnp.logical_and(first + block_k > piece.end, lax.rem(piece.end, BOX) != 0), first < piece.of.lower
+        jnp.logical_and(first + shape.tile_tokens > piece.end, lax.rem(piece.end, BOX) != 0), first < piece.of.lower
     )
 
     @pl.when(outside)
     def _():
         values = plgpu.load(v, layout=plgpu.Layout.WGMMA)  # type: ignore[call-arg]  # jax 0.10 has another signature
-        v[...] = jnp.where(_inside(piece, first, v.shape, plgpu.Layout.WGMMA), values, jnp.zeros_like(values))
+        v[...] = jnp.where(_inside(shape, piece, first, v.shape, plgpu.Layout.WGMMA), values, jnp.zeros_like(values))
         plgpu.commit_smem()
 
 
@@ -775,9 +865,9 @@ def _widen(narrow, wide, inside: Any = None) -> None:
     plgpu.commit_smem()
 
 
-def _inside(piece: _Piece, first, sizes: tuple[int, ...], layout: Any) -> jax.Array:
+def _inside(shape: Shape, piece: _Piece, first, sizes: tuple[int, ...], layout: Any) -> jax.Array:
     """bool `sizes`, `[block_k, head_dim]`: whether a token is the request's, and not behind its window."""
-    tokens = first + _iota(sizes, 0, layout)
+    tokens = first + lax.div(_iota(sizes, 0, layout), shape.together)
     return (tokens < piece.end) & (tokens >= piece.of.lower)
 
 

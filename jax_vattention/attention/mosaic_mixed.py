@@ -66,7 +66,7 @@ def run(
     )
     many = _decoding_blocks(decode, prefill, schedule, decodes, tiling.flops_per_byte, dtype.itemsize)
     split = decode_split.split(
-        decodes, view, one, tokens=batch.num_requests, heads=view.num_kv_heads, streams=tiling.blocks, active=many,
+        decodes, view, one, tokens=batch.num_requests, sets=decode.sets, streams=tiling.blocks, active=many,
         out_rows=first, interpret=interpret_tables,
     )  # fmt: skip
     sinks = () if features.sinks is None else (features.sinks,)
@@ -96,7 +96,7 @@ def run(
         *sinks,
     )
     out, order = decode_split.join(
-        out, parts, lse, split, order, one, heads=view.num_kv_heads, first_row=decode.first_row,
+        out, parts, lse, split, order, one, heads=view.num_kv_heads, sets=decode.sets, first_row=decode.first_row,
         whole_are_there=decode.direct, fill=False, interpret=interpret_tables,
     )  # fmt: skip
     return out[: q.shape[0]], order
