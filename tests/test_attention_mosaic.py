@@ -42,6 +42,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
         ([60, 2, 25, 0], {"kv_heads": 8, "group": 2, "queries": [2, 1, 3, 0], "window": 30}),
         ([33, 17], {"kv_heads": 8, "queries": [2, 2], "prefix": [32, 0], "group": 3, "block_k": 128}),
         ([50, 0, 19], {"kv_heads": 8, "dtype": "float8_e4m3fn", "streams": 2}),
+        ([150, 0, 33], {"dtype": "float8_e4m3fn", "group": 12, "kv_heads": 1}),
+        ([70, 150], {"dtype": "float8_e4m3fn", "group": 2, "queries": [3, 1], "head_dim": 128, "window": 60}),
         ([40, 17], {"kv_heads": 8, "paged": True}),
         ([40, 17], {"kv_heads": 8, "together": 1}),
     ],

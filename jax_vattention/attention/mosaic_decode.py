@@ -24,9 +24,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention import decode_split as tables
+from jax_vattention.attention import float8_queries
 from jax_vattention.attention.decode_split import GRAIN
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns, store_rows
+from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns, add_eights, store_rows
 from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
@@ -67,7 +68,9 @@ class Shape:
     window: int | None
     prefixes: bool
     quantized: bool
-    """K and V are float8: they are multiplied as float16, which holds all of their values."""
+    """K and V are float8. V is multiplied as float16, which holds all of its values, and K if it is not `narrow`."""
+    narrow_products: bool
+    """Of two float8 matrices: whether there are any."""
     paged: bool
     """See `run`."""
     direct: bool
@@ -87,6 +90,7 @@ class Shape:
         *,
         scale: float,
         tiling: Tiling,
+        products: type[Products],
         paged: bool = False,
         interpret: Any = False,
     ) -> Shape:
@@ -103,6 +107,7 @@ class Shape:
             window=view.window,
             prefixes=features.prefix_lens is not None,
             quantized=view.scale_table is not None,
+            narrow_products=products.narrow,
             paged=paged,
             direct=features.sinks is None,
             interpreted=bool(interpret),
@@ -122,6 +127,16 @@ class Shape:
     def rows(self) -> int:
         """Rows of the query tile that are copied: of each query all the query heads of a set."""
         return -(-self.queries * self.set_heads // BOX) * BOX
+
+    @property
+    def narrow(self) -> bool:
+        """Whether float8 keys are multiplied as such, with queries in two parts, one eight of rows below the other."""
+        return self.quantized and self.narrow_products and self.rows == BOX and self.together == 1
+
+    @property
+    def widened(self) -> tuple[str, ...]:
+        """What is converted to float16 in shared memory."""
+        return () if not self.quantized else ("v_wide",) if self.narrow else ("k_wide", "v_wide")
 
     @property
     def together(self) -> int:
@@ -222,6 +237,9 @@ class Products(Protocol):
     def __init__(self, local: jax.Array, **memory: Any) -> None:
         """Of the stream with this number in its block, with the block's memory."""
 
+    narrow: bool = False
+    """Whether it multiplies float8 with float8."""
+
     @staticmethod
     def scratch(shape: Shape, dtype: Any) -> dict[str, Any]:
         """Memory of a block that it needs besides, and what is to be otherwise; `dtype` is that of the queries."""
@@ -239,6 +257,8 @@ class Products(Protocol):
 
 class Wgmma(Products):
     """Those of a Hopper GPU, whose tensor cores add up in registers and take their left operand from them, too."""
+
+    narrow = True
 
     def __init__(self, local: jax.Array) -> None:
         del local
@@ -316,14 +336,15 @@ def run(
       products: how the GPU multiplies.
     """
     columns = Columns.of(view)
-    tiling = tiling or tuned(Tiling(), "mosaic_decode", q.shape[2], view.k.dtype)
+    tiling = tiling or tuned(default_tiling(q, view), "mosaic_decode", q.shape[2], view.k.dtype)
     shape = Shape.of(
-        q, view, batch, features, scale=scale, tiling=tiling, paged=page_table is not None, interpret=interpret
-    )
+        q, view, batch, features, scale=scale, tiling=tiling, products=products, paged=page_table is not None,
+        interpret=interpret,
+    )  # fmt: skip
     split = tables.split(
         batch, view, features, tokens=q.shape[0], sets=shape.sets, streams=shape.streams, interpret=interpret_tables
     )
-    queries = q.astype(jnp.float16) if shape.quantized else q
+    queries, factors = _queries(shape, q, batch, interpret=interpret_tables)
     pages = jnp.zeros((1, 1), jnp.int32) if page_table is None else page_table
     scales = jnp.ones(1, jnp.float32) if view.scale_table is None else view.scale_table.reshape(-1)
     out, parts, lse = plgpu.kernel(
@@ -339,7 +360,8 @@ def run(
         interpret=interpret,
         kernel_name="attention_decode",
     )(
-        shape.query_tiles(queries, batch),
+        queries,
+        factors,
         columns.k,
         columns.v,
         split.requests,
@@ -353,6 +375,23 @@ def run(
         out, parts, lse, split, order, features, heads=view.num_kv_heads, sets=shape.sets, first_row=shape.first_row,
         whole_are_there=shape.direct, interpret=interpret_tables,
     )  # fmt: skip
+
+
+def default_tiling(q: jax.Array, view: LayerView) -> Tiling:
+    """Where nothing was tuned. Float8 takes twice the work for a byte."""
+    if view.scale_table is None:
+        return Tiling()
+    return Tiling(streams=2 if q.shape[2] <= 128 else 1, together=1)
+
+
+def _queries(shape: Shape, q: jax.Array, batch: RaggedBatch, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """Tiles of queries as they are multiplied, and float32 `[tiles]`: by what their products are to be multiplied."""
+    none = jnp.ones(1, jnp.float32)
+    if not shape.quantized:
+        return shape.query_tiles(q, batch), none
+    if not shape.narrow:
+        return shape.query_tiles(q.astype(jnp.float16), batch), none
+    return float8_queries.split(shape.query_tiles(q, batch), interpret=interpret)
 
 
 def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> dict[str, Any]:
@@ -372,7 +411,7 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
         "q_smem": tiles(2, ROWS, shape.head_dim),
         "k_smem": kv(),
         "v_smem": kv(),
-        **({name: tiles(block_k, shape.head_dim) for name in ("k_wide", "v_wide")} if shape.quantized else {}),
+        **{name: tiles(block_k, shape.head_dim, dtype=jnp.float16) for name in shape.widened},
         "out_smem": tiles(ROWS, shape.out_columns, dtype=jnp.float32),
         "lse_smem": plgpu.SMEM((streams, ROWS), jnp.float32),
         **({"row_smem": plgpu.SMEM((streams, ROWS, shape.head_dim), out_dtype)} if shape.interpreted else {}),
@@ -397,6 +436,7 @@ def swizzled(sizes: tuple[int, ...], dtype: Any, together: int, *, rank: int = 2
 
 def _decode(
     q_ref,
+    factors,
     k_ref,
     v_ref,
     requests,
@@ -417,6 +457,7 @@ def _decode(
 
     Args:
       q_ref: see `Shape.query_tiles`.
+      factors: see `float8_queries.split`; used if the queries are float8.
       k_ref, v_ref: see `Columns`.
       scales: of each layer those of each head of K, then of V; used if they are float8.
       order: not used here: to have it makes the read come after the append that returned it.
@@ -438,7 +479,7 @@ def _decode(
         if count > 1:
             plgpu.set_max_registers(208, action="increase")
         first_scale = 2 * shape.num_kv_heads * layer_ref[0]
-        multiply(work, products, q_ref, scales, first_scale, out_ref, parts_ref, lse_ref, **scratch)
+        multiply(work, products, q_ref, factors, scales, first_scale, out_ref, parts_ref, lse_ref, **scratch)
 
 
 class _Request(NamedTuple):
@@ -609,9 +650,9 @@ def _copy(shape: Shape, ref, row, column, smem, part: int, size: int, ready) -> 
 
 
 def multiply(
-    work: Work, products: type[Products], q_ref, scales, first_scale, out_ref, parts_ref, lse_ref, *, q_smem, k_smem,
-    v_smem, out_smem, lse_smem, q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, k_wide=None,
-    v_wide=None, row_smem=None, **memory,
+    work: Work, products: type[Products], q_ref, factors, scales, first_scale, out_ref, parts_ref, lse_ref, *, q_smem,
+    k_smem, v_smem, out_smem, lse_smem, q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free,
+    k_wide=None, v_wide=None, row_smem=None, **memory,
 ):  # fmt: skip
     """The warpgroup that computes."""
     shape, local = work.shape, work.local
@@ -620,12 +661,14 @@ def multiply(
     out, lse = out_smem.at[local], lse_smem.at[local]
     used = pl.ds(0, shape.rows)
 
+    def query_tile(request, head):
+        return shape.query_tile(request, work.requests[request, tables.TOKEN], lax.div(head, shape.together))
+
     def load_q(number, request, head):
         """For the piece of this number, of those of the stream."""
-        of = lax.div(head, shape.together)
-        tile = shape.query_tile(request, work.requests[request, tables.TOKEN], of)
+        tile = query_tile(request, head)
         buffer = lax.rem(number, 2)
-        target = q_smem.at[local, buffer, used]
+        target = q_smem.at[local, buffer, pl.ds(0, q_ref.shape[1])]
         plgpu.copy_gmem_to_smem(q_ref.at[tile], target, q_ready.at[2 * local + buffer])
 
     @pl.when(work.num_pairs > 0)
@@ -648,6 +691,8 @@ def multiply(
         scale = shape.scale * _LOG2_E if shape.soft_cap is None else shape.scale / shape.soft_cap
         if shape.quantized:
             scale = scale * _of_rows(shape, scales, first_scale + piece.head)
+        if shape.narrow:
+            scale = scale * factors[query_tile(piece.request, piece.head)]
 
         def tile(tile, state, *, masked: bool):
             count, maximum, total, acc = state
@@ -656,17 +701,21 @@ def multiply(
             k, v = (_rows(shape, each.at[local, stage]) for each in (k_smem, v_smem))
             first = piece.first + tile * tokens
             _wait(k_ready, k_tail_ready, barrier, tile >= whole, masked)
-            if shape.quantized:
+            if k_wide is not None:
                 _widen(k, k_wide.at[local])
                 plgpu.barrier_arrive(k_free.at[barrier])
+                k = k_wide.at[local]
+            if v_wide is not None:
                 _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
                 _widen(v, v_wide.at[local], functools.partial(_inside, shape, piece, first) if masked else None)
                 plgpu.barrier_arrive(v_free.at[barrier])
-                k, v = k_wide.at[local], v_wide.at[local]
+                v = v_wide.at[local]
 
             qk = own.scores(q, k)
-            if not shape.quantized:
+            if k_wide is None:
                 plgpu.barrier_arrive(k_free.at[barrier])
+            if shape.narrow:
+                qk = _add_eights(shape, qk)
             qk = _times(qk, scale)
             if shape.soft_cap is not None:
                 qk = jnp.tanh(qk) * (shape.soft_cap * _LOG2_E)
@@ -681,13 +730,13 @@ def multiply(
             shrink = jnp.exp2(maximum - base)
             weights = jnp.exp2(qk - lax.broadcast_in_dim(base, qk.shape, [0]))
             total = total * shrink + weights.sum(axis=1)
-            weights = weights.astype(q_smem.dtype)
-            if not shape.quantized:
+            weights = weights.astype(v.dtype)
+            if v_wide is None:
                 _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
                 if masked:
                     _clear_unseen(shape, v, piece, first)
             acc = own.add(acc, shrink, weights, v)
-            if not shape.quantized:
+            if v_wide is None:
                 plgpu.barrier_arrive(v_free.at[barrier])
             return count + 1, new_maximum, total, acc
 
@@ -785,6 +834,15 @@ def _of_rows(shape: Shape, scales, first) -> jax.Array:
     for number in range(shape.together):
         found = jnp.where(head == number, scales[first + number], found)
     return found
+
+
+def _add_eights(shape: Shape, qk: jax.Array) -> jax.Array:
+    """The products of whole queries, from those of their two parts."""
+    if not shape.interpreted:
+        return add_eights(qk, 1 / float8_queries.LOST)
+    eights = qk.reshape(-1, 2, BOX, qk.shape[1])
+    whole = eights[:, :1] + eights[:, 1:] / float8_queries.LOST
+    return jnp.concatenate([whole, whole], axis=1).reshape(qk.shape)
 
 
 def _own_head(shape: Shape) -> jax.Array:

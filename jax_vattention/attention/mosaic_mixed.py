@@ -59,7 +59,9 @@ def run(
 
     decodes, first, chunks = parted(q, batch)
     one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
-    decode = mosaic_decode.Shape.of(q, view, decodes, one, scale=scale, tiling=decode_tiling, interpret=interpret)
+    decode = mosaic_decode.Shape.of(
+        q, view, decodes, one, scale=scale, tiling=decode_tiling, products=mosaic_decode.Wgmma, interpret=interpret
+    )
     prefill = mosaic_prefill.shape_of(q, view, features, scale=scale, tiling=prefill_tiling, interpret=interpret)
     schedule = mosaic_prefill.schedule(
         chunks, view, features, prefill, q.shape[0], view.k.shape[1], others=decodes.q_lens
@@ -191,7 +193,9 @@ def _mixed(
 
         @pl.when((block < many) & (warpgroup == 0))
         def _():
-            mosaic_decode.multiply(reading, mosaic_decode.Wgmma, q_tiles, None, 0, out_ref, parts_ref, lse_ref, **own)
+            mosaic_decode.multiply(
+                reading, mosaic_decode.Wgmma, q_tiles, None, None, 0, out_ref, parts_ref, lse_ref, **own
+            )
 
         @pl.when(block >= many)
         def _():

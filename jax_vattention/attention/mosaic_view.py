@@ -80,6 +80,29 @@ def store_rows(result, out_ref, token, head, low, high, *, group: int = 1, first
     store(result, out_ref, token, head, low, high)
 
 
+def add_eights(array: jax.Array, factor: float) -> jax.Array:
+    """Adds to each row of the first, third, ... eight `factor` times the row eight below, and writes it to both.
+
+    Args:
+      array: float32, in the layout of a `wgmma`: a thread has both rows.
+    """
+    own = plgpu.ShapeDtypeStruct(array.shape, array.dtype, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=own)
+    def add(_, array):
+        registers = array.registers.copy()
+        for at, register in np.ndenumerate(array.registers):
+            if at[4]:
+                continue
+            below = (*at[:4], 1, *at[5:])
+            many = vector.broadcast(register.type, mgpu.c(factor, ir.F32Type.get()))
+            total = arith.addf(register, arith.mulf(array.registers[below], many))
+            registers[at] = registers[below] = total
+        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
+
+    return add(array)
+
+
 def refusal(q: jax.Array, view: LayerView) -> str | None:
     """What no kernel serves of these; None if there is nothing."""
     slots, slot_tokens = view.k.shape[:2]
