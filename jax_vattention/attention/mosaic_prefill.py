@@ -76,6 +76,8 @@ class Tiling(Tiles):
     """Products as `mosaic_products` begins them: in a turn there is nothing but products, as in FlashAttention-3."""
     named_turns: bool = False
     """Turns are named barriers, not some in shared memory."""
+    turn_parts: int = 2
+    """With `own_products`: a turn is so many halves of the product with V, and that of the scores before them."""
     late_totals: bool = False
     """Threads add up their weights on their own, and with each other in the end only."""
     registers: tuple[int, int] = (40, 232)
@@ -686,6 +688,19 @@ def multiply(
                 body, plgpu.ACC((ROWS, head_dim), jnp.float32), plgpu.ACC((ROWS, block_k), jnp.float32)
             )
 
+        def sums(acc, weights, values):
+            """Begins the product with V and gives the turn away, behind half of it or all."""
+            if tiling.turn_parts == 1:
+                half = block_k // 2
+                acc = begin_sum(acc, weights, values.at[pl.ds(0, half)], keys=slice(half), interpreted=interpreted)
+                give_turn(1 - warpgroup)
+                values, keys = values.at[pl.ds(half, half)], slice(half, block_k)
+                return begin_sum(acc, weights, values, keys=keys, interpreted=interpreted)
+            acc = begin_sum(acc, weights, values, interpreted=interpreted)
+            if tiling.turn_parts == 2:
+                give_turn(1 - warpgroup)
+            return acc
+
         def own_step(t, state, *, masked: bool):
             """The same, but nothing is in flight at the end, where `acc` and `weights` are as products take them.
 
@@ -696,11 +711,12 @@ def multiply(
             wait_turn(warpgroup)
             keys = k_smem.at[k_stage]
             scores, acc, weights = begin_scores(q, keys, state.acc, state.weights, interpreted=interpreted)
+            if tiling.turn_parts == 0:
+                give_turn(1 - warpgroup)
             plgpu.barrier_wait(v_ready.at[v_stage])
-            acc = begin_sum(acc, weights, v_smem.at[v_stage], interpreted=interpreted)
-            give_turn(1 - warpgroup)
+            acc = sums(acc, weights, v_smem.at[v_stage])
             if tiling.overlap:
-                (scores,) = settle(1, scores, interpreted=interpreted)
+                (scores,) = settle(2 if tiling.turn_parts == 1 else 1, scores, interpreted=interpreted)
             else:
                 scores, acc = settle(0, scores, acc, interpreted=interpreted)
             plgpu.barrier_arrive(k_free.at[k_stage])

@@ -70,16 +70,17 @@ def _replace(zeros: mgpu.WGMMAAccumulator) -> None:
         step.operands[adds] = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, 0)).result
 
 
-def begin_sum(acc, weights, v, *, interpreted: bool):
-    """Begins `acc + weights @ v` and returns that; both as `begin_scores` returned them."""
+def begin_sum(acc, weights, v, *, interpreted: bool, keys: slice = slice(None)):
+    """Begins `acc + weights[:, keys] @ v` and returns that; both as `begin_scores` returned them."""
     if interpreted:
-        return acc + _product(weights, v, acc.shape)
+        return acc + _product(weights[:, keys], v, acc.shape)
 
     @plgpu.inline_mgpu(arg_types=(_WGMMA, _WGMMA, _operand(v.dtype)), return_type=_array(acc.shape, acc.dtype))
     def begin(_, acc, weights, v):
-        added = mgpu.wgmma(mgpu.WGMMAAccumulator.from_registers(acc, sync=False), weights, v, swizzle=_SWIZZLE)
+        sums = mgpu.WGMMAAccumulator.from_registers(acc, sync=False)
+        sums = mgpu.wgmma(sums, weights[:, keys], v, swizzle=_SWIZZLE)
         _issue("wgmma.commit_group.sync.aligned;")
-        return added.value
+        return sums.value
 
     return begin(acc, weights, v)
 
