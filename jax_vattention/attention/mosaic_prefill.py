@@ -30,7 +30,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_vattention.attention import mosaic_products
 from jax_vattention.attention.features import Features
+from jax_vattention.attention.mosaic_products import begin_scores, begin_sum, pin, settle
 from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns, store_rows
 from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
@@ -70,6 +72,14 @@ class Tiling(Tiles):
     """Warpgroups take turns on the tensor cores."""
     overlap: bool = False
     """The softmax of a tile overlaps with the product with V of the one before it. Slower so far: see NOTES.md."""
+    own_products: bool = False
+    """Products as `mosaic_products` begins them: in a turn there is nothing but products, as in FlashAttention-3."""
+    named_turns: bool = False
+    """Turns are named barriers, not some in shared memory."""
+    turn_parts: int = 2
+    """With `own_products`: a turn is so many halves of the product with V, and that of the scores before them."""
+    late_totals: bool = False
+    """Threads add up their weights on their own, and with each other in the end only."""
     registers: tuple[int, int] = (40, 232)
     """Of a thread that copies, and of one that multiplies."""
 
@@ -569,10 +579,10 @@ class _State(NamedTuple):
     """Of an online softmax over the tiles of keys so far, each row on its own."""
 
     maximum: Any  # [ROWS]
-    total: Any  # [ROWS]
-    acc: Any  # [ROWS, head_dim]: of the tiles but the last, to be multiplied with `shrink`
+    total: Any  # [ROWS]; with `Tiling.late_totals` [ROWS, 8], to be added up
+    acc: Any  # [ROWS, head_dim]: of the tiles but the last, to be multiplied with `shrink` if there is one
     weights: Any  # [ROWS, block_k]: of the last
-    shrink: Any  # [ROWS]
+    shrink: Any  # [ROWS]; None with `Tiling.own_products`
 
 
 def multiply(
@@ -585,11 +595,13 @@ def multiply(
     dtype = k_smem.dtype
     row_layout = plgpu.Layout.WGMMA.reduce(1)
     own_rows = pl.ds(warpgroup * ROWS, ROWS)
+    wait_turn, give_turn = _turns(tiling, turn, shape)
+    interpreted = shape.interpreted
     if tiling.ping_pong:
 
         @pl.when(warpgroup == 1)
         def _():
-            plgpu.barrier_arrive(turn.at[0])
+            give_turn(0)
 
     def item(i, count):
         head = work.item(i)[1]
@@ -599,7 +611,7 @@ def multiply(
         plgpu.commit_smem()  # reads by threads come before the next copy to the same place, which is no thread's
         q = q_smem.at[q_stage, own_rows]
         position = tile.position + warpgroup * ROWS
-        softmax = functools.partial(_softmax, tile=tile, position=position, shape=shape)
+        softmax = functools.partial(_softmax, tile=tile, position=position, shape=shape, late=tiling.late_totals)
 
         def stage_of(t):
             return lax.rem(count + t, stages)
@@ -620,13 +632,20 @@ def multiply(
             return found
 
         maximum = plgpu.layout_cast(jnp.full((ROWS,), NOTHING, jnp.float32), row_layout)
-        total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
+        if tiling.late_totals:
+            total = plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), plgpu.Layout.WGMMA)
+        else:
+            total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
         acc = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
         weights, maximum, shrink, total = softmax(first(), maximum, total, key_of(0), masked=True)
         state = _State(maximum, total, acc, weights, shrink)
+        if tiling.own_products:
+            state = state._replace(weights=weights.astype(dtype), shrink=None)
 
         def settled(state):
             """`acc` and `weights` as the next product with V takes them: the one before is over."""
+            if tiling.own_products:
+                return state.acc, state.weights
             plgpu.wgmma_wait(0)
             acc, weights = lax.optimization_barrier((state.acc, state.weights))
             return acc * lax.broadcast_in_dim(state.shrink, acc.shape, [0]), weights.astype(dtype)
@@ -648,16 +667,14 @@ def multiply(
             # Before the accumulators are there: compilers would set them up behind, where it has to be just before.
             k_stage = stage_of(t)
             plgpu.barrier_wait(k_ready.at[k_stage])
-            if tiling.ping_pong:
-                plgpu.barrier_wait(turn.at[warpgroup])
+            wait_turn(warpgroup)
 
             def body(acc_ref, scores_ref):
                 if not shape.interpreted:  # which has no accumulators that begin with a value
                     acc_ref[...] = acc
                 plgpu.wgmma(scores_ref, q, k_smem.at[k_stage].transpose((1, 0)))
                 multiply(acc_ref, weights, t - 1)
-                if tiling.ping_pong:
-                    plgpu.barrier_arrive(turn.at[1 - warpgroup])
+                give_turn(1 - warpgroup)
                 scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1 if tiling.overlap else 0)
                 plgpu.barrier_arrive(k_free.at[k_stage])
                 scores = lax.optimization_barrier(scores)
@@ -671,8 +688,51 @@ def multiply(
                 body, plgpu.ACC((ROWS, head_dim), jnp.float32), plgpu.ACC((ROWS, block_k), jnp.float32)
             )
 
+        def sums(acc, weights, values):
+            """Begins the product with V and gives the turn away, behind half of it or all."""
+            if tiling.turn_parts == 1:
+                half = block_k // 2
+                acc = begin_sum(acc, weights, values.at[pl.ds(0, half)], keys=slice(half), interpreted=interpreted)
+                give_turn(1 - warpgroup)
+                values, keys = values.at[pl.ds(half, half)], slice(half, block_k)
+                return begin_sum(acc, weights, values, keys=keys, interpreted=interpreted)
+            acc = begin_sum(acc, weights, values, interpreted=interpreted)
+            if tiling.turn_parts == 2:
+                give_turn(1 - warpgroup)
+            return acc
+
+        def own_step(t, state, *, masked: bool):
+            """The same, but nothing is in flight at the end, where `acc` and `weights` are as products take them.
+
+            Were they made so later, compilers would do it in this warpgroup's turn, with no products in flight.
+            """
+            k_stage, v_stage = stage_of(t), stage_of(t - 1)
+            plgpu.barrier_wait(k_ready.at[k_stage])
+            wait_turn(warpgroup)
+            keys = k_smem.at[k_stage]
+            scores, acc, weights = begin_scores(q, keys, state.acc, state.weights, interpreted=interpreted)
+            if tiling.turn_parts == 0:
+                give_turn(1 - warpgroup)
+            plgpu.barrier_wait(v_ready.at[v_stage])
+            acc = sums(acc, weights, v_smem.at[v_stage])
+            if tiling.overlap:
+                (scores,) = settle(2 if tiling.turn_parts == 1 else 1, scores, interpreted=interpreted)
+            else:
+                scores, acc = settle(0, scores, acc, interpreted=interpreted)
+            plgpu.barrier_arrive(k_free.at[k_stage])
+            weights, maximum, shrink, total = softmax(scores, state.maximum, state.total, key_of(t), masked=masked)
+            if tiling.overlap:
+                pin(total, interpreted=interpreted)
+                (acc,) = settle(0, acc, interpreted=interpreted)
+            plgpu.barrier_arrive(v_free.at[v_stage])
+            acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
+            return _State(maximum, total, acc, weights.astype(dtype), None)
+
         def steps(begin, end, state, *, masked: bool):
-            state = lax.fori_loop(begin, end, functools.partial(step, masked=masked), state)
+            each = own_step if tiling.own_products else step
+            state = lax.fori_loop(begin, end, functools.partial(each, masked=masked), state)
+            if tiling.own_products:
+                return state
             plgpu.wgmma_wait(0)
             return state._replace(acc=lax.optimization_barrier(state.acc))
 
@@ -685,10 +745,11 @@ def multiply(
         if tiling.own_out:
             plgpu.barrier_arrive(q_free.at[q_stage])
         acc, weights = settled(state)
+        if not tiling.own_products:
 
-        @pl.when(tile.blocks > 1)
-        def _():
-            plgpu.barrier_arrive(v_free.at[stage_of(tile.blocks - 2)])
+            @pl.when(tile.blocks > 1)
+            def _():
+                plgpu.barrier_arrive(v_free.at[stage_of(tile.blocks - 2)])
 
         def finish(acc_ref):
             if not shape.interpreted:
@@ -698,7 +759,8 @@ def multiply(
 
         acc = pl.run_scoped(finish, plgpu.ACC((ROWS, head_dim), jnp.float32))
         plgpu.barrier_arrive(v_free.at[stage_of(tile.blocks - 1)])
-        total = denominator(state.maximum, state.total, None if sinks is None else sinks[head], shape)
+        total = state.total.sum(axis=1) if tiling.late_totals else state.total
+        total = denominator(state.maximum, total, None if sinks is None else sinks[head], shape)
         acc = acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])
         buffer = out_smem.at[own_rows] if tiling.own_out else q
         _store(acc.astype(dtype), buffer, out_ref, tile, head, warpgroup, shape)
@@ -712,9 +774,20 @@ def multiply(
 
         @pl.when(warpgroup == 0)
         def _():
-            plgpu.barrier_wait(turn.at[0])
+            wait_turn(0)
 
     plgpu.wait_smem_to_gmem(0)
+
+
+def _turns(tiling: Tiling, turn, shape: Shape) -> tuple[Callable[[Any], None], Callable[[Any], None]]:
+    """What waits for a warpgroup's turn, and what gives it."""
+    if not tiling.ping_pong:
+        return (lambda warpgroup: None,) * 2
+    if tiling.named_turns and not shape.interpreted:
+        return mosaic_products.wait_turn, mosaic_products.give_turn
+    return (lambda warpgroup: plgpu.barrier_wait(turn.at[warpgroup])), (
+        lambda warpgroup: plgpu.barrier_arrive(turn.at[warpgroup])
+    )
 
 
 def unmasked(tile: Tile, position, rows: int, shape: Shape) -> tuple[Any, Any]:
@@ -745,17 +818,21 @@ def denominator(maximum, total, sink, shape: Shape):
     return jnp.where(total == 0, 1, total)
 
 
-def _softmax(products, maximum, total, key, *, tile: Tile, position, shape: Shape, masked: bool):
+def _softmax(products, maximum, total, key, *, tile: Tile, position, shape: Shape, masked: bool, late: bool):
     """See `softmax`. The first key is number `key`."""
     visible = functools.partial(_visible, tile=tile, position=position, key=key, shape=shape) if masked else None
-    return softmax(products, maximum, total, shape, visible)
+    sums = functools.partial(mosaic_products.sums_of_columns, interpreted=shape.interpreted) if late else None
+    return softmax(products, maximum, total, shape, visible, sums=sums)
 
 
-def softmax(products, maximum, total, shape: Shape, visible: Callable[..., Any] | None, *, slack: float = 0.0):
+def softmax(
+    products, maximum, total, shape: Shape, visible: Callable[..., Any] | None, *, slack: float = 0.0, sums=None
+):
     """Returns `(weights, maximum, factor of what was found so far, total)`.
 
     Args:
       visible: puts minus infinity in the place of scores that a row does not see; None if it sees all.
+      sums: adds up some of the columns of weights, if `total` has a few columns of which the sum is the total.
       slack: weights may grow up to 2 to the power of it before a new maximum takes the place of the old one.
     """
     first, factor = factors(shape)
@@ -772,7 +849,9 @@ def softmax(products, maximum, total, shape: Shape, visible: Callable[..., Any] 
         new_maximum = jnp.where(new_maximum - maximum > slack / factor, new_maximum, maximum)
     shrink = jnp.exp2((maximum - new_maximum) * factor)
     weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_maximum * factor, scores.shape, [0]))
-    return weights, new_maximum, shrink, total * shrink + weights.sum(axis=1)
+    if sums is None:
+        return weights, new_maximum, shrink, total * shrink + weights.sum(axis=1)
+    return weights, new_maximum, shrink, total * lax.broadcast_in_dim(shrink, total.shape, [0]) + sums(weights)
 
 
 def _visible(scores, *, tile: Tile, position, key, shape: Shape):

@@ -1,0 +1,179 @@
+"""Products on tensor cores of Hopper GPUs whose instructions, fences and waits a kernel orders itself.
+
+`plgpu.wgmma` adds to an accumulator that something has set before, and fences it each time: 64 moves that zero the
+scores, between the turn of a warpgroup and its first product. Here the first step of a product may replace what the
+registers hold, and who begins products passes their registers on, untouched, until `settle` has waited for them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, llvm, vector
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array as fragments
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_WGMMA = plgpu.Layout.WGMMA
+_SWIZZLE = 128
+_TURN = 8
+"""The first named barrier of the turns: 0 is that of a block, those from 1 on are of its warpgroups."""
+
+
+def _operand(dtype: Any) -> Any:
+    """A tile in shared memory as `mosaic_prefill.swizzled` makes it."""
+    tiling = plgpu.TilingTransform((8, _SWIZZLE // jnp.dtype(dtype).itemsize))
+    return plgpu.RefType((tiling, plgpu.SwizzleTransform(_SWIZZLE)))
+
+
+def _array(shape, dtype) -> Any:
+    return plgpu.ShapeDtypeStruct(tuple(shape), dtype, _WGMMA)
+
+
+def begin_scores(q, k, acc, weights, *, interpreted: bool):
+    """Begins `q @ k.T`; returns `(scores, acc, weights)`, the latter as `begin_sum` may take them next."""
+    shape = q.shape[0], k.shape[0]
+    if interpreted:
+        return _product(q, k.transpose((1, 0)), shape), acc, weights
+
+    @plgpu.inline_mgpu(
+        arg_types=(_operand(q.dtype), _operand(k.dtype), _WGMMA, _WGMMA),
+        return_type=(_array(shape, jnp.float32), _array(acc.shape, acc.dtype), _array(weights.shape, weights.dtype)),
+    )
+    def begin(_, q, k, acc, weights):
+        acc, weights = fragments.optimization_barrier(acc, weights)
+        _issue("wgmma.fence.sync.aligned;")
+        zero = mgpu.FragmentedArray.splat(mgpu.c(0.0, ir.F32Type.get()), shape, fragments.WGMMA_LAYOUT)
+        zeros = mgpu.WGMMAAccumulator.from_registers(zero, sync=False)
+        scores = mgpu.wgmma(zeros, q, mgpu.memref_transpose(k, (1, 0, 3, 2)), swizzle=_SWIZZLE)
+        _replace(zeros)
+        _issue("wgmma.commit_group.sync.aligned;")
+        return scores.value, acc, weights
+
+    return begin(q, k, acc, weights)
+
+
+def _replace(zeros: mgpu.WGMMAAccumulator) -> None:
+    """Makes the first step of a product replace the accumulator: then nothing has to zero it."""
+    i32 = ir.IntegerType.get_signless(32)
+    (step,) = {use.owner for use in zeros._value.registers.flat[0].uses}
+    # After the accumulators, the rows and the columns: whether to add, two signs and two transpositions.
+    adds = len(step.operands) - 5
+    constant = step.operands[adds].owner
+    if "wgmma.mma_async" not in str(step.attributes["asm_string"]) or str(constant.attributes["value"]) != "1 : i32":
+        raise NotImplementedError(f"jax multiplies by other instructions than expected: {step}")
+    with ir.InsertionPoint(step):
+        step.operands[adds] = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, 0)).result
+
+
+def begin_sum(acc, weights, v, *, interpreted: bool, keys: slice = slice(None)):
+    """Begins `acc + weights[:, keys] @ v` and returns that; both as `begin_scores` returned them."""
+    if interpreted:
+        return acc + _product(weights[:, keys], v, acc.shape)
+
+    @plgpu.inline_mgpu(arg_types=(_WGMMA, _WGMMA, _operand(v.dtype)), return_type=_array(acc.shape, acc.dtype))
+    def begin(_, acc, weights, v):
+        sums = mgpu.WGMMAAccumulator.from_registers(acc, sync=False)
+        sums = mgpu.wgmma(sums, weights[:, keys], v, swizzle=_SWIZZLE)
+        _issue("wgmma.commit_group.sync.aligned;")
+        return sums.value
+
+    return begin(acc, weights, v)
+
+
+def _product(left, right, shape):
+    def multiply(ref):
+        plgpu.wgmma(ref, left, right)
+        return ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def _issue(instruction: str, *operands: ir.Value, constraint: str = "r") -> None:
+    constraints = ",".join(constraint for _ in operands)
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, instruction, constraints, has_side_effects=True)
+
+
+def settle(in_flight: int, *arrays, interpreted: bool) -> tuple:
+    """Waits until so many products are in flight; returns `arrays`, results of products that are over then."""
+    if interpreted:
+        return arrays
+
+    @plgpu.inline_mgpu(
+        arg_types=tuple(_WGMMA for _ in arrays), return_type=tuple(_array(each.shape, each.dtype) for each in arrays)
+    )
+    def wait(_, *arrays):
+        _issue(f"wgmma.wait_group.sync.aligned {in_flight};")
+        return (
+            (fragments.optimization_barrier(*arrays),) if len(arrays) == 1 else fragments.optimization_barrier(*arrays)
+        )
+
+    return wait(*arrays)
+
+
+def pin(sums, *, interpreted: bool) -> None:
+    """Makes what comes next wait until these sums, none of which is less than 0, are there.
+
+    Compilers move a wait for products up, to before the work that should hide it, but not to before a store. This one
+    is for a sum of -1: it never happens.
+    """
+    if interpreted:
+        return
+
+    @plgpu.inline_mgpu(arg_types=(_WGMMA if sums.ndim == 2 else _WGMMA.reduce(1),))
+    def store(_, sums):
+        every = functools.reduce(arith.addf, _scalars(sums))
+        test = ".reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.eq.f32 p, $0, 0fBF800000;"
+        _issue(f"{{ {test} @p st.volatile.shared.f32 [a], $0; }}", every, constraint="f")
+
+    store(sums)
+
+
+def _scalars(array: mgpu.FragmentedArray) -> list[ir.Value]:
+    """A thread's elements."""
+    return [
+        vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+        for register in array.registers.flat
+        for i in range(ir.VectorType(register.type).shape[0])
+    ]
+
+
+def wait_turn(warpgroup) -> None:
+    """Waits for this warpgroup's turn, of two."""
+    _turn(warpgroup, "sync")
+
+
+def give_turn(warpgroup) -> None:
+    """The turn is now that one's."""
+    _turn(warpgroup, "arrive")
+
+
+def _turn(warpgroup, what: str) -> None:
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()),))
+    def turn(_, warpgroup):
+        i32 = ir.IntegerType.get_signless(32)
+        number = arith.addi(warpgroup.registers.item(), mgpu.c(_TURN, i32))
+        # It orders products only: what they read and write has barriers of its own.
+        _issue(f"bar.{what} $0, 256;", number)
+
+    turn(warpgroup)
+
+
+def sums_of_columns(weights, *, interpreted: bool):
+    """`[rows, 8]`: sums of every eighth column, each of values of one thread."""
+    rows, columns = weights.shape
+    if interpreted:
+        return weights.reshape(rows, columns // 8, 8).sum(axis=1)
+
+    @plgpu.inline_mgpu(arg_types=(_WGMMA,), return_type=_array((rows, 8), weights.dtype))
+    def add(_, weights):
+        total = weights[:, :8]
+        for column in range(8, columns, 8):
+            total += weights[:, column : column + 8]
+        return total
+
+    return add(weights)
