@@ -32,6 +32,8 @@ _SEARCHED_ELEMENTS = 2048
 """Comparisons that a program of `_schedule_kernel` makes for each of its columns."""
 _JOINED_ELEMENTS = 8192
 """Of partial results that `_join_kernel` reads at once, where there are many."""
+_SLICES, _FEW_PROGRAMS = 8, 132
+"""Into how many parts columns are divided where there are no more programs than this."""
 
 
 # Columns of `Split.requests`.
@@ -208,12 +210,21 @@ def join(
     Returns:
       `(out, order)`.
     """
+    programs, columns = heads * split.owners.shape[0], pl.next_power_of_2(out.shape[2])
+    # Of few pairs each is in many pieces: then several programs take some columns of one.
+    columns = columns // _SLICES if programs <= _FEW_PROGRAMS else columns
     order, out = pl.pallas_call(
         functools.partial(
-            _join_kernel, heads=heads, sets=sets, first_row=first_row, whole_are_there=whole_are_there, fill=fill
+            _join_kernel,
+            heads=heads,
+            sets=sets,
+            columns=columns,
+            first_row=first_row,
+            whole_are_there=whole_are_there,
+            fill=fill,
         ),
         out_shape=[jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (order, out)],
-        grid=(heads, split.owners.shape[0]),
+        grid=(heads, split.owners.shape[0], pl.cdiv(out.shape[2], columns)),
         input_output_aliases={0: 0, 1: 1},
         compiler_params=triton.CompilerParams(num_warps=2),
         interpret=interpret,
@@ -224,10 +235,11 @@ def join(
 
 def _join_kernel(
     _order, _out, requests, owners, streams, parts, lse, sinks, _order_out, out_ref, *, heads: int, sets: int,
-    first_row: Any, whole_are_there: bool, fill: bool,
+    columns: int, first_row: Any, whole_are_there: bool, fill: bool,
 ):  # fmt: skip
     """The query heads of one token that share a KV head; zeros if no request owns the token."""
-    head, token = pl.program_id(0), pl.program_id(1)
+    head, token, part = (pl.program_id(axis) for axis in range(3))
+    dim = part * columns + jnp.arange(columns)
     total = streams[0, ALL_UNITS]
     request, query, start, units = (owners[token, column] for column in range(4))
     number = head // (heads // sets)
@@ -243,13 +255,13 @@ def _join_kernel(
     @pl.when(to_do)
     def _():
         row = jnp.where(request < 0, token, requests[jnp.maximum(request, 0), OUT] + query)
-        _join_pair(head, row, first, end, first_row(head, query), parts, lse, sinks, out_ref, heads)
+        _join_pair(head, row, first, end, first_row(head, query), dim, parts, lse, sinks, out_ref, heads)
 
 
-def _join_pair(head, token, first, end, first_row, parts, lse, sinks, out_ref, heads: int):
-    """Segments `first .. end - 1`, of which a row is the first that counts."""
+def _join_pair(head, token, first, end, first_row, dim, parts, lse, sinks, out_ref, heads: int):
+    """Columns `dim` of segments `first .. end - 1`, of which a row is the first that counts."""
     group, head_dim = out_ref.shape[1] // heads, out_ref.shape[2]
-    rows, dim = jnp.arange(pl.next_power_of_2(group)), jnp.arange(pl.next_power_of_2(head_dim))
+    rows = jnp.arange(pl.next_power_of_2(group))
     used = rows < group
     tile_used = used[:, None] & (dim < head_dim)[None, :]
     own_rows = first_row + rows
@@ -274,8 +286,8 @@ def _join_pair(head, token, first, end, first_row, parts, lse, sinks, out_ref, h
         jnp.zeros(rows.shape, jnp.float32),
         jnp.zeros((rows.size, dim.size), jnp.float32),
     )
-    # Most pairs are in one piece or two. Of many, as many at a time as registers hold: each would wait for memory.
-    few, many = 2, max(2, _JOINED_ELEMENTS // (rows.size * dim.size))
+    # Most pairs are in few pieces. Of many, as many at a time as registers hold: each would wait for memory.
+    few, many = 4, max(4, _JOINED_ELEMENTS // (rows.size * dim.size))
     state = add(few, first, 0, state)
     left = jnp.maximum(end - first - few, 0)
     maximum, total, acc = lax.fori_loop(0, pl.cdiv(left, many), functools.partial(add, many, first + few), state)
