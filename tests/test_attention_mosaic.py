@@ -11,7 +11,7 @@ from caches import plain_cache
 from decode_cases import check_decode
 
 from jax_vattention import KVCacheSpec, LayerGroup, attention
-from jax_vattention.attention import mosaic_decode, mosaic_mixed, mosaic_prefill, pallas_mosaic
+from jax_vattention.attention import float8_queries, mosaic_decode, mosaic_mixed, mosaic_prefill, pallas_mosaic
 from jax_vattention.attention.features import Features
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -53,6 +53,20 @@ def test_in_the_interpreter(lengths, options):
     options = {"blocks": 2} | options
     sizes = {name: options.pop(name) for name in ("blocks", "streams", "block_k", "together") if name in options}
     check_decode(mosaic_decode.run, lengths, tiling=mosaic_decode.Tiling(**sizes), **options)
+
+
+def test_queries_in_two_float8_parts_are_as_exact_as_bfloat16():
+    rng = np.random.default_rng(0)
+    tiles = rng.standard_normal((6, 8, 96)) * 10.0 ** np.array([-6, -1, 0, 2, 4, 0])[:, None, None]
+    tiles[5] = 0
+    tiles = jnp.asarray(tiles, jnp.bfloat16)
+    parts, factors = float8_queries.split(tiles, interpret=True)
+    assert (parts.shape, parts.dtype, factors.shape) == ((6, 16, 96), jnp.float8_e4m3fn, (6,))
+    first, second = np.split(np.asarray(parts.astype(jnp.float32)), 2, axis=1)
+    whole = (first + second / float8_queries.LOST) * np.asarray(factors)[:, None, None]
+    expected = np.asarray(tiles.astype(jnp.float32))
+    largest = np.abs(expected).max(axis=(1, 2), keepdims=True)
+    assert (np.abs(whole - expected) <= np.abs(expected) * 2.0**-8 + largest * 2.0**-21).all()
 
 
 def test_what_is_not_served_is_said_and_the_next_one_taken():
@@ -213,7 +227,8 @@ def test_blocks_are_shared_out_by_the_work_of_both_kinds():
 
     def blocks(keys, tiles=2):
         decodes = suite.make_batch([0, 1], [int(keys > 0), 0], [keys, 50])
-        decode = mosaic_decode.Shape.of(q, view, decodes, Features(), scale=1.0, tiling=mosaic_decode.Tiling())
+        options = {"scale": 1.0, "tiling": mosaic_decode.Tiling(), "products": mosaic_decode.Wgmma}
+        decode = mosaic_decode.Shape.of(q, view, decodes, Features(), **options)
         schedule = mosaic_prefill.Schedule(jnp.ones((tiles, 32), jnp.int32), None, None)
         flops_per_byte = flops / (1000 * 2 * 2 * 64 * 2)  # so that 1,000 keys weigh as much as the two tiles
         return int(mosaic_mixed._decoding_blocks(decode, prefill, schedule, decodes, flops_per_byte, 2)[0])

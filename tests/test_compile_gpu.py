@@ -19,8 +19,6 @@ from compile_helpers import (
 )
 
 from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch, attention
-from jax_vattention.attention import mosaic_mixed
-from jax_vattention.attention.features import Features
 
 pytestmark = [
     pytest.mark.compile_gpu,
@@ -94,7 +92,7 @@ def compiled(target, program, spec, max_q_len):
 def gpu_kernels(each):
     """Kernels of attention, and not the small ones that share out and join the work of a decode step."""
     calls = [rest for *_, opcode, rest in instructions(each) if opcode == "custom-call"]
-    small = ('name = "attention_decode_combine"', 'name = "attention_decode_schedule"')
+    small = tuple(f'name = "attention_decode_{what}"' for what in ("combine", "schedule", "queries"))
     return [
         rest
         for rest in calls
@@ -102,12 +100,12 @@ def gpu_kernels(each):
     ]
 
 
-def kernels_of_a_layer(target, max_q_len, spec):
-    """Triton's, or Mosaic's: one for requests of one query, and one more for those of many."""
+def expected(target, max_q_len, spec):
+    """Whose kernel a layer's attention is: one for batches of one kind and of both."""
     served = (64, 128) if max_q_len > 1 else (64, 96, 128, 192, 256)
     hopper = target == "h100" and spec.dtype == jnp.bfloat16 and spec.head_dim in served
     mosaic = hopper and jax.__version_info__ >= (0, 11)
-    return ("mosaic", 1 if max_q_len == 1 else 2) if mosaic else ("triton", 1)
+    return "mosaic" if mosaic else "triton"
 
 
 def mosaic_kernels(each):
@@ -138,9 +136,8 @@ def test_kernels_fit_every_gpu(target, max_q_len, dtype, head_dim):
 
 def assert_chosen(each, target, max_q_len, spec):
     """For both layers of a program."""
-    name, count = kernels_of_a_layer(target, max_q_len, spec)
-    assert len(gpu_kernels(each)) == 2 * count, "the GPU implementation was not chosen"
-    assert len(mosaic_kernels(each)) == (2 * count if name == "mosaic" else 0)
+    assert len(gpu_kernels(each)) == 2, "the GPU implementation was not chosen"
+    assert len(mosaic_kernels(each)) == (2 if expected(target, max_q_len, spec) == "mosaic" else 0)
 
 
 SINKS = jax.ShapeDtypeStruct((Q_HEADS,), jnp.float32)
@@ -188,19 +185,6 @@ def test_blackwell_kernels_are_for_blackwell():
     spec = llama_spec()
     with pytest.raises(ValueError, match="'mosaic_blackwell' does not serve"):
         compile_for("h100", program, abstract_q(spec, 1), abstract_cache(spec), abstract_batch(1))
-
-
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
-@pytest.mark.parametrize(("layout", "head_dim"), [("token_major", 128), ("layer_major", 64)])
-def test_one_kernel_for_both_kinds(layout, head_dim):
-    spec = KVCacheSpec(2, 8, head_dim, REQUESTS, 131072, jnp.bfloat16, layout=layout)
-
-    def program(q, cache, batch):
-        return mosaic_mixed.run(q, cache.layer_view(1), cache.order, batch, Features(), scale=0.1)
-
-    each = compile_for("h100", program, abstract_q(spec, 512), abstract_cache(spec), abstract_batch(512))
-    assert_views_not_copied(each, spec)
-    assert len(mosaic_kernels(each)) == 1
 
 
 def appended_and_read(q, k, cache, batch):

@@ -688,7 +688,7 @@ def multiply(
         q = q_smem.at[local, buffer]
         plgpu.barrier_wait(q_ready.at[2 * local + buffer])
         whole = piece.whole_tiles(tokens)
-        scale = shape.scale * _LOG2_E if shape.soft_cap is None else shape.scale / shape.soft_cap
+        scale: Any = shape.scale * _LOG2_E if shape.soft_cap is None else shape.scale / shape.soft_cap
         if shape.quantized:
             scale = scale * _of_rows(shape, scales, first_scale + piece.head)
         if shape.narrow:

@@ -34,8 +34,8 @@ class Tiling:
 
     flops_per_byte: float = 100.0
     """What a block computes in a prefill while another one reads a byte in a decode: what a block of each is worth."""
-    decode_stages: int = 4
-    """Of a block that decodes: it reads more than its share of the memory's bandwidth, so more has to be in flight."""
+    decode_stages: int = 2
+    """Tiles in flight of a block that decodes. More slow down what prefills beside it."""
     blocks: int = BLOCKS
 
 

@@ -12,7 +12,7 @@ from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
-_KERNELS = pallas_mosaic.Kernels(blackwell_decode, blackwell_prefill)
+_KERNELS = pallas_mosaic.Kernels(blackwell_decode, blackwell_prefill, None)
 
 
 def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:

@@ -1,7 +1,7 @@
 """Attention through Pallas' Mosaic GPU backend: Hopper GPUs. Which kernel serves what, and what neither does.
 
 The kernel for decode is bound by memory and serves requests of few queries, the one for prefill by the tensor cores. A
-batch of both kinds is split between them.
+batch that may have both kinds goes to a third, in which some blocks do the one and some the other, or to both.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class Kernels(NamedTuple):
 
     decode: ModuleType
     prefill: ModuleType
+    mixed: ModuleType | None
+    """Serves what the two others serve; None: there is none."""
 
     def refusal(self, q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
         """What they do not serve of these arguments; None if they serve them."""
@@ -55,6 +57,21 @@ class Kernels(NamedTuple):
             return self.decode.run(q, view, order, batch, features, scale=scale)
         if batch.num_requests == 1:
             return self.prefill.run(q, view, order, batch, features, scale=scale)
+        if self.mixed is not None:
+            return self.mixed.run(q, view, order, batch, features, scale=scale)
+        return self.run_both(q, view, order, batch, features, scale=scale)
+
+    def run_both(
+        self,
+        q: jax.Array,
+        view: LayerView,
+        order: jax.Array,
+        batch: RaggedBatch,
+        features: Features,
+        *,
+        scale: float,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Requests of one query through the kernel for decode, then all others through the one for prefill."""
         decodes, first, chunks = mosaic_mixed.parted(q, batch)
         one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
         decoded, order = self.decode.run(q[first], view, order, decodes, one, scale=scale)
@@ -62,17 +79,17 @@ class Kernels(NamedTuple):
         return mosaic_mixed.placed(decoded, out, batch), order
 
 
-_HOPPER = Kernels(mosaic_decode, mosaic_prefill)
+HOPPER = Kernels(mosaic_decode, mosaic_prefill, mosaic_mixed)
 
 
 def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
     """What it does not serve of these arguments; None if it serves them."""
     if target() != "9.0":
         return "GPUs other than Hopper (compute capability 9.0)"
-    return _HOPPER.refusal(q, view, batch, features)
+    return HOPPER.refusal(q, view, batch, features)
 
 
-run = _HOPPER.run
+run = HOPPER.run
 """See `attention`; returns `(out, order)`."""
 
 
