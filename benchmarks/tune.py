@@ -49,8 +49,8 @@ class Kernel(NamedTuple):
 KERNELS = {
     "mosaic_decode": Kernel(
         mosaic_decode,
-        {"block_k": (64, 128), "stages": (2, 3, 4), "streams": (1, 2), "together": (1, 8)},
-        ("8x16384", "16x16384", "256x1024", "128 of the trace"),
+        {"block_k": (64, 128), "stages": (2, 3), "streams": (1, 2), "together": (1, 8)},
+        ("8x16384", "256x1024"),
         (64, 96, 128, 192, 256),
         ("bfloat16", "float8_e4m3fn"),
     ),
