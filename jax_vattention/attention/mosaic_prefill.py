@@ -3,7 +3,9 @@
 FlashAttention-3 (Shah, Bikshandi, Zhang, Thakkar, Ramani and Dao, arXiv 2407.08608): a block has one warpgroup that
 copies tiles of Q, K and V into shared memory with the tensor memory accelerator, and two that multiply, each 64 rows of
 a tile of queries. They take turns on the tensor cores (its "ping-pong"): one multiplies while the other computes its
-softmax. Its other overlap, within a warpgroup, is `Tiling.overlap`.
+softmax. In its turn a warpgroup begins the scores of a tile of keys and the product with V of the tile before, and
+nothing else: all that these take is in registers by then (see `mosaic_products`). With `Tiling.overlap`, its other
+overlap, the softmax begins when the scores are there, next to the warpgroup's own product with V.
 
 A block stays for the whole kernel: tiles of queries of all requests and heads, sorted by the keys that they see, are
 dealt out to the blocks, and the copying warpgroup runs ahead into the next one.
@@ -30,9 +32,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention import mosaic_products
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_products import begin_scores, begin_sum, pin, settle
+from jax_vattention.attention.mosaic_products import (
+    begin_scores,
+    begin_sum,
+    give_turn,
+    pin,
+    settle,
+    sums_of_columns,
+    wait_turn,
+)
 from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns, store_rows
 from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
@@ -70,16 +79,8 @@ class Tiling(Tiles):
     """Results have shared memory of their own, and do not wait in that of their queries to be stored."""
     ping_pong: bool = True
     """Warpgroups take turns on the tensor cores."""
-    overlap: bool = False
-    """The softmax of a tile overlaps with the product with V of the one before it. Slower so far: see NOTES.md."""
-    own_products: bool = False
-    """Products as `mosaic_products` begins them: in a turn there is nothing but products, as in FlashAttention-3."""
-    named_turns: bool = False
-    """Turns are named barriers, not some in shared memory."""
-    turn_parts: int = 2
-    """With `own_products`: a turn is so many halves of the product with V, and that of the scores before them."""
-    late_totals: bool = False
-    """Threads add up their weights on their own, and with each other in the end only."""
+    overlap: bool = True
+    """The softmax of a tile overlaps with the product with V of the one before it."""
     registers: tuple[int, int] = (40, 232)
     """Of a thread that copies, and of one that multiplies."""
 
@@ -370,7 +371,6 @@ def scratch_types(shape: Shape, tiling: Tiling, dtype: Any) -> dict[str, Any]:
             "q_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.q_stages),
             "k_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
             "v_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
-            "turn": plgpu.Barrier(num_barriers=_CONSUMERS),
         }
     )
 
@@ -579,15 +579,14 @@ class _State(NamedTuple):
     """Of an online softmax over the tiles of keys so far, each row on its own."""
 
     maximum: Any  # [ROWS]
-    total: Any  # [ROWS]; with `Tiling.late_totals` [ROWS, 8], to be added up
-    acc: Any  # [ROWS, head_dim]: of the tiles but the last, to be multiplied with `shrink` if there is one
+    total: Any  # [ROWS, 8]: sums of every eighth column; a thread adds up its own, and with others in the end only
+    acc: Any  # [ROWS, head_dim]: of the tiles but the last
     weights: Any  # [ROWS, block_k]: of the last
-    shrink: Any  # [ROWS]; None with `Tiling.own_products`
 
 
 def multiply(
     work: Work, tiling: Tiling, warpgroup, sinks, out_ref, *, q_smem, k_smem, v_smem, tile_smem, q_ready,
-    q_free, k_ready, v_ready, k_free, v_free, turn, out_smem=None, **_,
+    q_free, k_ready, v_ready, k_free, v_free, out_smem=None, **_,
 ):  # fmt: skip
     """A warpgroup that computes."""
     shape = work.shape
@@ -595,9 +594,10 @@ def multiply(
     dtype = k_smem.dtype
     row_layout = plgpu.Layout.WGMMA.reduce(1)
     own_rows = pl.ds(warpgroup * ROWS, ROWS)
-    wait_turn, give_turn = _turns(tiling, turn, shape)
     interpreted = shape.interpreted
-    if tiling.ping_pong:
+    # The interpreter has no named barriers. Turns say when something is done, not what.
+    in_turns = tiling.ping_pong and not interpreted
+    if in_turns:
 
         @pl.when(warpgroup == 1)
         def _():
@@ -611,7 +611,7 @@ def multiply(
         plgpu.commit_smem()  # reads by threads come before the next copy to the same place, which is no thread's
         q = q_smem.at[q_stage, own_rows]
         position = tile.position + warpgroup * ROWS
-        softmax = functools.partial(_softmax, tile=tile, position=position, shape=shape, late=tiling.late_totals)
+        softmax = functools.partial(_softmax, tile=tile, position=position, shape=shape)
 
         def stage_of(t):
             return lax.rem(count + t, stages)
@@ -632,91 +632,29 @@ def multiply(
             return found
 
         maximum = plgpu.layout_cast(jnp.full((ROWS,), NOTHING, jnp.float32), row_layout)
-        if tiling.late_totals:
-            total = plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), plgpu.Layout.WGMMA)
-        else:
-            total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
+        total = plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), plgpu.Layout.WGMMA)
         acc = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
-        weights, maximum, shrink, total = softmax(first(), maximum, total, key_of(0), masked=True)
-        state = _State(maximum, total, acc, weights, shrink)
-        if tiling.own_products:
-            state = state._replace(weights=weights.astype(dtype), shrink=None)
-
-        def settled(state):
-            """`acc` and `weights` as the next product with V takes them: the one before is over."""
-            if tiling.own_products:
-                return state.acc, state.weights
-            plgpu.wgmma_wait(0)
-            acc, weights = lax.optimization_barrier((state.acc, state.weights))
-            return acc * lax.broadcast_in_dim(state.shrink, acc.shape, [0]), weights.astype(dtype)
-
-        def multiply(acc_ref, weights, t):
-            """Begins to add the product of the weights of tile `t` with V."""
-            stage = stage_of(t)
-            plgpu.barrier_wait(v_ready.at[stage])
-            plgpu.wgmma(acc_ref, weights, v_smem.at[stage])
+        weights, maximum, _, total = softmax(first(), maximum, total, key_of(0), masked=True)
+        state = _State(maximum, total, acc, weights.astype(dtype))
 
         def step(t, state, *, masked: bool):
-            """Scores and weights of tile `t`, and the product of those of tile `t - 1` with V, in flight at the end."""
-            acc, weights = settled(state)
+            """Scores and weights of tile `t`, and the product of those of tile `t - 1` with V.
 
-            @pl.when(t > 1)
-            def _():
-                plgpu.barrier_arrive(v_free.at[stage_of(t - 2)])
-
-            # Before the accumulators are there: compilers would set them up behind, where it has to be just before.
-            k_stage = stage_of(t)
-            plgpu.barrier_wait(k_ready.at[k_stage])
-            wait_turn(warpgroup)
-
-            def body(acc_ref, scores_ref):
-                if not shape.interpreted:  # which has no accumulators that begin with a value
-                    acc_ref[...] = acc
-                plgpu.wgmma(scores_ref, q, k_smem.at[k_stage].transpose((1, 0)))
-                multiply(acc_ref, weights, t - 1)
-                give_turn(1 - warpgroup)
-                scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1 if tiling.overlap else 0)
-                plgpu.barrier_arrive(k_free.at[k_stage])
-                scores = lax.optimization_barrier(scores)
-                found = softmax(scores, state.maximum, state.total, key_of(t), masked=masked)
-                # To wait for the second product here would do, but the compiler moves the softmax behind the wait.
-                added = plgpu.wgmma_accumulator_load(acc_ref, wait_n=None)
-                new_weights, maximum, shrink, total = found
-                return _State(maximum, total, acc + added if shape.interpreted else added, new_weights, shrink)
-
-            return pl.run_scoped(
-                body, plgpu.ACC((ROWS, head_dim), jnp.float32), plgpu.ACC((ROWS, block_k), jnp.float32)
-            )
-
-        def sums(acc, weights, values):
-            """Begins the product with V and gives the turn away, behind half of it or all."""
-            if tiling.turn_parts == 1:
-                half = block_k // 2
-                acc = begin_sum(acc, weights, values.at[pl.ds(0, half)], keys=slice(half), interpreted=interpreted)
-                give_turn(1 - warpgroup)
-                values, keys = values.at[pl.ds(half, half)], slice(half, block_k)
-                return begin_sum(acc, weights, values, keys=keys, interpreted=interpreted)
-            acc = begin_sum(acc, weights, values, interpreted=interpreted)
-            if tiling.turn_parts == 2:
-                give_turn(1 - warpgroup)
-            return acc
-
-        def own_step(t, state, *, masked: bool):
-            """The same, but nothing is in flight at the end, where `acc` and `weights` are as products take them.
-
-            Were they made so later, compilers would do it in this warpgroup's turn, with no products in flight.
+            In the end nothing is in flight, and `acc` and `weights` are as products take them. Were they made so later,
+            compilers would do it in this warpgroup's turn, with no products in flight.
             """
             k_stage, v_stage = stage_of(t), stage_of(t - 1)
             plgpu.barrier_wait(k_ready.at[k_stage])
-            wait_turn(warpgroup)
+            if in_turns:
+                wait_turn(warpgroup)
             keys = k_smem.at[k_stage]
             scores, acc, weights = begin_scores(q, keys, state.acc, state.weights, interpreted=interpreted)
-            if tiling.turn_parts == 0:
-                give_turn(1 - warpgroup)
             plgpu.barrier_wait(v_ready.at[v_stage])
-            acc = sums(acc, weights, v_smem.at[v_stage])
+            acc = begin_sum(acc, weights, v_smem.at[v_stage], interpreted=interpreted)
+            if in_turns:
+                give_turn(1 - warpgroup)
             if tiling.overlap:
-                (scores,) = settle(2 if tiling.turn_parts == 1 else 1, scores, interpreted=interpreted)
+                (scores,) = settle(1, scores, interpreted=interpreted)
             else:
                 scores, acc = settle(0, scores, acc, interpreted=interpreted)
             plgpu.barrier_arrive(k_free.at[k_stage])
@@ -726,15 +664,10 @@ def multiply(
                 (acc,) = settle(0, acc, interpreted=interpreted)
             plgpu.barrier_arrive(v_free.at[v_stage])
             acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
-            return _State(maximum, total, acc, weights.astype(dtype), None)
+            return _State(maximum, total, acc, weights.astype(dtype))
 
         def steps(begin, end, state, *, masked: bool):
-            each = own_step if tiling.own_products else step
-            state = lax.fori_loop(begin, end, functools.partial(each, masked=masked), state)
-            if tiling.own_products:
-                return state
-            plgpu.wgmma_wait(0)
-            return state._replace(acc=lax.optimization_barrier(state.acc))
+            return lax.fori_loop(begin, end, functools.partial(step, masked=masked), state)
 
         low, high = unmasked(tile, position, ROWS, shape)
         full, below = jnp.maximum(tile.blocks - high, 1), jnp.maximum(tile.blocks - low, 1)
@@ -744,23 +677,18 @@ def multiply(
             state = steps(jnp.maximum(full, below), tile.blocks, state, masked=True)
         if tiling.own_out:
             plgpu.barrier_arrive(q_free.at[q_stage])
-        acc, weights = settled(state)
-        if not tiling.own_products:
-
-            @pl.when(tile.blocks > 1)
-            def _():
-                plgpu.barrier_arrive(v_free.at[stage_of(tile.blocks - 2)])
+        stage = stage_of(tile.blocks - 1)
+        plgpu.barrier_wait(v_ready.at[stage])
 
         def finish(acc_ref):
-            if not shape.interpreted:
-                acc_ref[...] = acc
-            multiply(acc_ref, weights, tile.blocks - 1)
-            return acc_ref[...] + acc if shape.interpreted else acc_ref[...]
+            if not interpreted:  # which has no accumulators that begin with a value
+                acc_ref[...] = state.acc
+            plgpu.wgmma(acc_ref, state.weights, v_smem.at[stage])
+            return acc_ref[...] + state.acc if interpreted else acc_ref[...]
 
         acc = pl.run_scoped(finish, plgpu.ACC((ROWS, head_dim), jnp.float32))
-        plgpu.barrier_arrive(v_free.at[stage_of(tile.blocks - 1)])
-        total = state.total.sum(axis=1) if tiling.late_totals else state.total
-        total = denominator(state.maximum, total, None if sinks is None else sinks[head], shape)
+        plgpu.barrier_arrive(v_free.at[stage])
+        total = denominator(state.maximum, state.total.sum(axis=1), None if sinks is None else sinks[head], shape)
         acc = acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])
         buffer = out_smem.at[own_rows] if tiling.own_out else q
         _store(acc.astype(dtype), buffer, out_ref, tile, head, warpgroup, shape)
@@ -770,24 +698,13 @@ def multiply(
         return count + tile.blocks
 
     lax.fori_loop(0, work.count, item, jnp.int32(0))
-    if tiling.ping_pong:
+    if in_turns:
 
         @pl.when(warpgroup == 0)
         def _():
             wait_turn(0)
 
     plgpu.wait_smem_to_gmem(0)
-
-
-def _turns(tiling: Tiling, turn, shape: Shape) -> tuple[Callable[[Any], None], Callable[[Any], None]]:
-    """What waits for a warpgroup's turn, and what gives it."""
-    if not tiling.ping_pong:
-        return (lambda warpgroup: None,) * 2
-    if tiling.named_turns and not shape.interpreted:
-        return mosaic_products.wait_turn, mosaic_products.give_turn
-    return (lambda warpgroup: plgpu.barrier_wait(turn.at[warpgroup])), (
-        lambda warpgroup: plgpu.barrier_arrive(turn.at[warpgroup])
-    )
 
 
 def unmasked(tile: Tile, position, rows: int, shape: Shape) -> tuple[Any, Any]:
@@ -818,10 +735,10 @@ def denominator(maximum, total, sink, shape: Shape):
     return jnp.where(total == 0, 1, total)
 
 
-def _softmax(products, maximum, total, key, *, tile: Tile, position, shape: Shape, masked: bool, late: bool):
+def _softmax(products, maximum, total, key, *, tile: Tile, position, shape: Shape, masked: bool):
     """See `softmax`. The first key is number `key`."""
     visible = functools.partial(_visible, tile=tile, position=position, key=key, shape=shape) if masked else None
-    sums = functools.partial(mosaic_products.sums_of_columns, interpreted=shape.interpreted) if late else None
+    sums = functools.partial(sums_of_columns, interpreted=shape.interpreted)
     return softmax(products, maximum, total, shape, visible, sums=sums)
 
 

@@ -70,15 +70,15 @@ def _replace(zeros: mgpu.WGMMAAccumulator) -> None:
         step.operands[adds] = llvm.ConstantOp(i32, ir.IntegerAttr.get(i32, 0)).result
 
 
-def begin_sum(acc, weights, v, *, interpreted: bool, keys: slice = slice(None)):
-    """Begins `acc + weights[:, keys] @ v` and returns that; both as `begin_scores` returned them."""
+def begin_sum(acc, weights, v, *, interpreted: bool):
+    """Begins `acc + weights @ v` and returns that; both as `begin_scores` returned them."""
     if interpreted:
-        return acc + _product(weights[:, keys], v, acc.shape)
+        return acc + _product(weights, v, acc.shape)
 
     @plgpu.inline_mgpu(arg_types=(_WGMMA, _WGMMA, _operand(v.dtype)), return_type=_array(acc.shape, acc.dtype))
     def begin(_, acc, weights, v):
         sums = mgpu.WGMMAAccumulator.from_registers(acc, sync=False)
-        sums = mgpu.wgmma(sums, weights[:, keys], v, swizzle=_SWIZZLE)
+        sums = mgpu.wgmma(sums, weights, v, swizzle=_SWIZZLE)
         _issue("wgmma.commit_group.sync.aligned;")
         return sums.value
 
@@ -124,7 +124,7 @@ def pin(sums, *, interpreted: bool) -> None:
     if interpreted:
         return
 
-    @plgpu.inline_mgpu(arg_types=(_WGMMA if sums.ndim == 2 else _WGMMA.reduce(1),))
+    @plgpu.inline_mgpu(arg_types=(_WGMMA,))
     def store(_, sums):
         every = functools.reduce(arith.addf, _scalars(sums))
         test = ".reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.eq.f32 p, $0, 0fBF800000;"
