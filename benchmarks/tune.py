@@ -56,7 +56,7 @@ KERNELS = {
     ),
     "mosaic_prefill": Kernel(
         mosaic_prefill,
-        {"block_k": (64, 96, 128), "stages": (2, 3), "own_out": (True, False), "overlap": (True, False)},
+        {"block_k": (64, 128), "stages": (2, 3), "own_out": (True, False), "overlap": (True, False)},
         ("1x8192", "4x4096", "512 at 4096"),
         (64, 128),
         ("bfloat16",),
