@@ -201,13 +201,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", nargs="+", metavar="INPUTS", help="only these inputs, by their names in the table")
     _attention.add_choices(parser)
+    _attention.add_limit(parser)
 
 
 def run(arguments: argparse.Namespace) -> Report:
     sizes = _attention.checked_sizes(arguments.shapes)
     chosen = _attention.chosen(cases(arguments.shapes), arguments.only)
     names = arguments.implementations or _attention.default_implementations()
-    rows = [row for case in chosen for row in _rows(case, sizes, arguments.layouts, names)]
+    limit = _attention.Limit(arguments.limit)
+    rows = [row for case in chosen for row in _rows(case, sizes, arguments.layouts, names, limit)]
     lengths = {case.step: [*zip(case.q_lens, case.kv_lens, strict=True)] for case in cases(arguments.shapes)}
     return Report(
         name="accuracy",
@@ -227,7 +229,9 @@ def run(arguments: argparse.Namespace) -> Report:
     )
 
 
-def _rows(case: Case, sizes: Sizes, layouts: list[Layout], names: tuple[str, ...]) -> list[dict[str, Any]]:
+def _rows(
+    case: Case, sizes: Sizes, layouts: list[Layout], names: tuple[str, ...], limit: _attention.Limit
+) -> list[dict[str, Any]]:
     inputs = case.inputs(sizes)
     expected = exact(case, inputs)
 
@@ -238,7 +242,7 @@ def _rows(case: Case, sizes: Sizes, layouts: list[Layout], names: tuple[str, ...
             found.append(relative_error(case, action(), expected))
             return Outcome(None)
 
-        failure = _attention.attempt(measure).error
+        failure = limit.attempt(measure).error
         return (found[0], "") if found else (None, failure)
 
     theirs, their_note = error(functools.partial(cudnn, case, inputs))
