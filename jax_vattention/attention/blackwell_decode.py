@@ -17,9 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention import mosaic_decode
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_decode import Parts, Shape, Tiling, swizzled
+from jax_vattention.attention.mosaic_decode import Parts, Shape, Tiling
 from jax_vattention.attention.mosaic_decode import refusal as refusal
-from jax_vattention.attention.mosaic_view import ROWS
+from jax_vattention.attention.mosaic_view import ROWS, swizzled
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 

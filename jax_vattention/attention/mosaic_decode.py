@@ -27,7 +27,7 @@ from jax_vattention.attention import decode_split as tables
 from jax_vattention.attention import float8_queries
 from jax_vattention.attention.decode_split import GRAIN
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns, add_eights, store_rows
+from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns, add_eights, store_rows, swizzled
 from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
@@ -399,10 +399,10 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
     streams, stages, block_k = shape.tiling.streams, shape.tiling.stages, shape.tiling.block_k
 
     def tiles(*sizes: int, dtype: Any = dtype):
-        return swizzled((streams, *sizes), dtype, sizes[-1])
+        return swizzled((streams, *sizes), dtype)
 
     def kv():
-        return swizzled((streams, stages, *shape.tile), kv_dtype, shape.head_dim, rank=len(shape.tile))
+        return swizzled((streams, stages, *shape.tile), kv_dtype, rank=len(shape.tile))
 
     many = streams * stages
     whole = shape.copies * shape.arrivals
@@ -423,15 +423,6 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
         "k_free": plgpu.Barrier(num_barriers=many),
         "v_free": plgpu.Barrier(num_barriers=many),
     }
-
-
-def swizzled(sizes: tuple[int, ...], dtype: Any, together: int, *, rank: int = 2) -> Any:
-    """Shared memory in which as much of a row is swizzled as divides so many of its elements; a tile has this rank."""
-    swizzle = math.gcd(together * jnp.dtype(dtype).itemsize, 128)
-    width = swizzle // jnp.dtype(dtype).itemsize
-    tiling = (*(1,) * (rank - 2), BOX, width)
-    transforms = (plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(sizes, dtype, transforms=transforms)
 
 
 def _decode(

@@ -42,7 +42,7 @@ from jax_vattention.attention.mosaic_products import (
     sums_of_columns,
     wait_turn,
 )
-from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns, store_rows
+from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns, store_rows, swizzled
 from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
@@ -343,9 +343,9 @@ def buffers(shape: Shape, dtype: Any) -> dict[str, Any]:
     """Shared memory of a block that `copy` and `fill_gaps` use, and what says that something is there."""
     tiling = shape.tiling
     return {
-        "q_smem": swizzled(dtype, tiling.q_stages, shape.block_q, shape.head_dim),
-        "k_smem": swizzled(dtype, tiling.stages, tiling.block_k, shape.head_dim),
-        "v_smem": swizzled(dtype, tiling.stages, tiling.block_k, shape.head_dim),
+        "q_smem": swizzled((tiling.q_stages, shape.block_q, shape.head_dim), dtype),
+        "k_smem": swizzled((tiling.stages, tiling.block_k, shape.head_dim), dtype),
+        "v_smem": swizzled((tiling.stages, tiling.block_k, shape.head_dim), dtype),
         "tile_smem": plgpu.SMEM((tiling.q_stages, _FIELDS), jnp.int32),
         "zero_smem": plgpu.SMEM((shape.zero_heads, shape.head_dim), dtype),
         "q_ready": plgpu.Barrier(num_arrivals=2, num_barriers=tiling.q_stages),
@@ -355,15 +355,9 @@ def buffers(shape: Shape, dtype: Any) -> dict[str, Any]:
     }
 
 
-def swizzled(dtype: Any, *sizes: int) -> Any:
-    """Shared memory as tensor cores read it."""
-    transforms = (plgpu.TilingTransform((BOX, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(sizes, dtype, transforms=transforms)
-
-
 def scratch_types(shape: Shape, tiling: Tiling, dtype: Any) -> dict[str, Any]:
     """Shared memory of a block."""
-    out = {"out_smem": swizzled(dtype, _BLOCK_Q, shape.head_dim)} if tiling.own_out else {}
+    out = {"out_smem": swizzled((_BLOCK_Q, shape.head_dim), dtype)} if tiling.own_out else {}
     return (
         buffers(shape, dtype)
         | out

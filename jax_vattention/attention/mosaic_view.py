@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,19 @@ class Columns(NamedTuple):
         k, v = (each.reshape(slots * slot_tokens, -1, view.head_dim) for each in view.views)
         heads = view.num_kv_heads if view.v is None else 0
         return cls(k, v, 2 * heads, heads)
+
+
+def swizzled(sizes: tuple[int, ...], dtype: Any, together: int | None = None, *, rank: int = 2) -> Any:
+    """Shared memory as tensor cores read it.
+
+    Args:
+      together: as much of a row is swizzled as divides so many of its elements; all of them, unless said.
+      rank: of a tile: how many of the last sizes.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = math.gcd((together or sizes[-1]) * itemsize, 128)
+    tiling = (*(1,) * (rank - 2), BOX, swizzle // itemsize)
+    return plgpu.SMEM(sizes, dtype, transforms=(plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle)))
 
 
 def store_rows(result, out_ref, token, head, low, high, *, group: int = 1, first_column: int = 0) -> None:
