@@ -34,8 +34,6 @@ class Tiling:
 
     flops_per_byte: float = 100.0
     """What a block computes in a prefill while another one reads a byte in a decode: what a block of each is worth."""
-    decode_stages: int = 2
-    """Tiles in flight of a block that decodes. More slow down what prefills beside it."""
     blocks: int = BLOCKS
 
 
@@ -57,7 +55,7 @@ def run(
     tiling = tiling or tuned(Tiling(), "mosaic_mixed", head_dim, dtype)
     prefill_tiling = prefill_tiling or tuned(mosaic_prefill.Tiling(), "mosaic_prefill", head_dim, dtype)
     prefill_tiling = dataclasses.replace(prefill_tiling, blocks=tiling.blocks)
-    decode_tiling = mosaic_decode.Tiling(stages=tiling.decode_stages, blocks=tiling.blocks)
+    decode_tiling = mosaic_decode.Tiling(blocks=tiling.blocks)
 
     decodes, first, chunks = parted(q, batch)
     one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
