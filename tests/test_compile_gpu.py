@@ -125,11 +125,8 @@ def test_view_is_not_copied(program, max_q_len):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("max_q_len", [1, 512], ids=["decode", "prefill"])
-@pytest.mark.parametrize(
-    ("dtype", "head_dim"),
-    [*((jnp.bfloat16, head_dim) for head_dim in (64, 80, 96, 128, 256)), (jnp.float32, 80), (jnp.float32, 256)],
-    ids=lambda value: str(value) if isinstance(value, int) else value.__name__,
-)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_kernels_fit_every_gpu(target, max_q_len, dtype, head_dim):
     spec = llama_spec(dtype=dtype, head_dim=head_dim)
     each = compiled(target, "straight", spec, max_q_len)
