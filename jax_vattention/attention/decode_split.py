@@ -30,16 +30,17 @@ GRAIN = 16
 """Keys of a unit: a part ends at a whole number of them, or at the end of a request."""
 _SEARCHED_ELEMENTS = 2048
 """Comparisons that a program of `_schedule_kernel` makes for each of its columns."""
-_JOINED_ELEMENTS = 8192
-"""Of partial results that `_join_kernel` reads at once, where there are many."""
-_SLICES, _FEW_PROGRAMS = 8, 132
-"""Into how many parts columns are divided where there are no more programs than this."""
+_JOINED_ELEMENTS, _LEAST_COLUMNS, _MOST_SEGMENTS = 4096, 16, 32
+"""Of a program of `_join_kernel`: at most so many elements, segments and, unless there are less, columns at first."""
+_WARP_ELEMENTS = 1024
+_THEN = 4
+"""Of pairs in more segments than most, this many times as many at once: each time waits for memory."""
 
 
 # Columns of `Split.requests`.
 TOKEN, ROW, QUERIES, LENGTH, LOWER, PREFIX, OUT = range(7)
-# Columns of `Split.streams`.
-FIRST_PAIR, FIRST_KEY, NUM_UNITS, NUM_PAIRS, ALL_UNITS, _ACTIVE = range(6)
+# Columns of `Split.streams`; from `FIRST_REQUEST` on those of `Split.requests`.
+FIRST_PAIR, FIRST_KEY, NUM_UNITS, NUM_PAIRS, ALL_UNITS, _ACTIVE, FIRST_REQUEST = range(7)
 # Columns of `Split.owners`.
 _REQUEST, _QUERY, _START, _UNITS = range(4)
 
@@ -55,8 +56,8 @@ class Split:
     """int32 `[requests, 8]`: first query token, row of token 0 in the view, queries, keys (0 without queries), the
     first key that its first query sees, the length of its bidirectional prefix, and the first row of its result."""
     streams: jax.Array
-    """int32 `[streams, 8]`: first pair, first key of it, units, pairs, the units of all requests of one set, and how
-    many of the streams take part."""
+    """int32 `[streams, 16]`: first pair, first key of it, units, pairs, the units of all requests of one set, how many
+    of the streams take part, and what `requests` says of the first pair's: to begin, a stream reads one row."""
     owners: jax.Array
     """int32 `[tokens, 4]`: the request whose query a token is, or -1; which of its queries; units of one set before
     that request; and its own units."""
@@ -96,7 +97,7 @@ def split(
         functools.partial(_schedule_kernel, chunk=chunk, sets=sets, slot_tokens=slot_tokens, window=view.window),
         out_shape=[
             jax.ShapeDtypeStruct((batch.num_requests, 8), jnp.int32),
-            jax.ShapeDtypeStruct((streams, 8), jnp.int32),
+            jax.ShapeDtypeStruct((streams, 16), jnp.int32),
             jax.ShapeDtypeStruct((tokens, 4), jnp.int32),
         ],
         grid=(pl.cdiv(max(streams, tokens), chunk),),
@@ -130,11 +131,13 @@ def _schedule_kernel(
     ends = jnp.cumsum(units)
     total = jnp.sum(units)
 
+    prefix = jnp.zeros_like(lengths) if prefix_lens is None else read(prefix_lens)
+    out = starts if out_rows is None else read(out_rows)
+    of_requests = (starts, read(slots) * slot_tokens, queries, lengths, lower, prefix, out)
+
     @pl.when(pl.program_id(0) == 0)
     def _():
-        prefix = jnp.zeros_like(lengths) if prefix_lens is None else read(prefix_lens)
-        out = starts if out_rows is None else read(out_rows)
-        for column, values in enumerate((starts, read(slots) * slot_tokens, queries, lengths, lower, prefix, out)):
+        for column, values in enumerate(of_requests):
             triton.store(requests.at[rows, column], values, mask=there)
 
     def picked(which, values):
@@ -158,7 +161,9 @@ def _schedule_kernel(
     (first, key), (last, _) = pair_of(low), pair_of(low + own - 1)
     pairs = jnp.where(own > 0, last - first + 1, 0)
     same = (jnp.broadcast_to(each, line.shape) for each in (total, taking_part))
-    for column, values in enumerate((first, key, own, pairs, *same)):
+    first_request = rows[None, :] == (first % count)[:, None]
+    of_first = (picked(first_request, values) for values in of_requests)
+    for column, values in enumerate((first, key, own, pairs, *same, *of_first)):
         triton.store(streams.at[line, column], values, mask=line < streams.shape[0])
 
     owned = (line[:, None] >= starts[None, :]) & (line[:, None] < (starts + queries)[None, :]) & there[None, :]
@@ -200,7 +205,7 @@ def join(
 
     Args:
       out: `[tokens, num_q_heads, head_dim]`, to be completed in its place.
-      parts, lse: `[segments, rows, head_dim]` and `[segments, rows]`: results over some of the keys, and the base 2
+      parts, lse: `[segments, rows, head_dim]` and `[segments, at least rows]`: results over some keys, and the base 2
         logarithm of their sums of exponentials. What stream `s` found for pair `p` is in segment `p + s`: from one
         piece of work to the next the pair, the stream or both are one higher.
       first_row: of a KV head and a query of a request, int32: which row has the first of its query heads.
@@ -210,15 +215,20 @@ def join(
     Returns:
       `(out, order)`.
     """
-    programs, columns = heads * split.owners.shape[0], pl.next_power_of_2(out.shape[2])
-    # Of few pairs each is in many pieces: then several programs take some columns of one.
-    columns = columns // _SLICES if programs <= _FEW_PROGRAMS else columns
+    streams, requests = split.streams.shape[0], split.requests.shape[0]
+    rows = pl.next_power_of_2(out.shape[1] // heads)
+    # In as many segments are pairs of equal lengths. Of many segments a program takes some columns only.
+    many = pl.next_power_of_2(pl.cdiv(streams, sets * requests) + 1)
+    segments = min(many, _MOST_SEGMENTS)
+    columns = min(pl.next_power_of_2(out.shape[2]), max(_JOINED_ELEMENTS // (many * rows), _LEAST_COLUMNS))
+    num_warps = max(1, segments * rows * columns // _WARP_ELEMENTS)
     order, out = pl.pallas_call(
         functools.partial(
             _join_kernel,
             heads=heads,
             sets=sets,
             columns=columns,
+            segments=segments,
             first_row=first_row,
             whole_are_there=whole_are_there,
             fill=fill,
@@ -226,7 +236,7 @@ def join(
         out_shape=[jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (order, out)],
         grid=(heads, split.owners.shape[0], pl.cdiv(out.shape[2], columns)),
         input_output_aliases={0: 0, 1: 1},
-        compiler_params=triton.CompilerParams(num_warps=2),
+        compiler_params=triton.CompilerParams(num_warps=min(4, num_warps)),
         interpret=interpret,
         name="attention_decode_combine",
     )(order, out, split.requests, split.owners, split.streams, parts, lse, features.sinks)
@@ -235,7 +245,7 @@ def join(
 
 def _join_kernel(
     _order, _out, requests, owners, streams, parts, lse, sinks, _order_out, out_ref, *, heads: int, sets: int,
-    columns: int, first_row: Any, whole_are_there: bool, fill: bool,
+    columns: int, segments: int, first_row: Any, whole_are_there: bool, fill: bool,
 ):  # fmt: skip
     """The query heads of one token that share a KV head; zeros if no request owns the token."""
     head, token, part = (pl.program_id(axis) for axis in range(3))
@@ -255,11 +265,13 @@ def _join_kernel(
     @pl.when(to_do)
     def _():
         row = jnp.where(request < 0, token, requests[jnp.maximum(request, 0), OUT] + query)
-        _join_pair(head, row, first, end, first_row(head, query), dim, parts, lse, sinks, out_ref, heads)
+        _join_pair(head, row, first, end, first_row(head, query), dim, parts, lse, sinks, out_ref, heads, segments)
 
 
-def _join_pair(head, token, first, end, first_row, dim, parts, lse, sinks, out_ref, heads: int):
-    """Columns `dim` of segments `first .. end - 1`, of which a row is the first that counts."""
+def _join_pair(head, token, first, end, first_row, dim, parts, lse, sinks, out_ref, heads: int, segments: int):
+    """Columns `dim` of segments `first .. end - 1`, `segments` of them at first, of which a row is the first that
+    counts.
+    """
     group, head_dim = out_ref.shape[1] // heads, out_ref.shape[2]
     rows = jnp.arange(pl.next_power_of_2(group))
     used = rows < group
@@ -286,11 +298,10 @@ def _join_pair(head, token, first, end, first_row, dim, parts, lse, sinks, out_r
         jnp.zeros(rows.shape, jnp.float32),
         jnp.zeros((rows.size, dim.size), jnp.float32),
     )
-    # Most pairs are in few pieces. Of many, as many at a time as registers hold: each would wait for memory.
-    few, many = 4, max(4, _JOINED_ELEMENTS // (rows.size * dim.size))
-    state = add(few, first, 0, state)
-    left = jnp.maximum(end - first - few, 0)
-    maximum, total, acc = lax.fori_loop(0, pl.cdiv(left, many), functools.partial(add, many, first + few), state)
+    state = add(segments, first, 0, state)
+    then, left = _THEN * segments, jnp.maximum(end - first - segments, 0)
+    add_then = functools.partial(add, then, first + segments)
+    maximum, total, acc = lax.fori_loop(0, pl.cdiv(left, then), add_then, state)
     if sinks is not None:
         sink = triton.load(sinks.at[head * group + rows], mask=used, other=0)
         total += jnp.exp2(sink * _LOG2_E - maximum)

@@ -120,7 +120,7 @@ class Shape:
         segments = batch.num_requests * self.sets + self.streams
         return (
             jax.ShapeDtypeStruct((segments, self.rows, self.head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((segments, self.rows), jnp.float32),
+            jax.ShapeDtypeStruct((segments, ROWS), jnp.float32),
         )
 
     @property
@@ -209,11 +209,6 @@ class Shape:
     def arrivals(self) -> int:
         """Of each of these copies; the interpreter has no other way than one for each token of a set's heads."""
         return self.tile_tokens // self.copies if self.interpreted and self.together > 1 else 1
-
-    @property
-    def out_columns(self) -> int:
-        """Of a result that are stored at once: shared memory has to hold all rows of them, padding too."""
-        return 64 if self.head_dim % 64 == 0 else 32
 
     @property
     def streams(self) -> int:
@@ -407,14 +402,17 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
     many = streams * stages
     whole = shape.copies * shape.arrivals
     boxes = shape.tile_tokens // BOX * (BOX if shape.arrivals > 1 else 1)
+    rows = (("out_smem", out_dtype), ("part_smem", jnp.float32))
     return {
         "q_smem": tiles(2, ROWS, shape.head_dim),
         "k_smem": kv(),
         "v_smem": kv(),
         **{name: tiles(block_k, shape.head_dim, dtype=jnp.float16) for name in shape.widened},
-        "out_smem": tiles(ROWS, shape.out_columns, dtype=jnp.float32),
-        "lse_smem": plgpu.SMEM((streams, ROWS), jnp.float32),
-        **({"row_smem": plgpu.SMEM((streams, ROWS, shape.head_dim), out_dtype)} if shape.interpreted else {}),
+        **(
+            {name: plgpu.SMEM((streams, ROWS, shape.head_dim), each) for name, each in rows}
+            if shape.interpreted
+            else {}
+        ),
         "q_ready": plgpu.Barrier(num_barriers=2 * streams),
         "k_ready": plgpu.Barrier(num_arrivals=whole, num_barriers=many),
         "v_ready": plgpu.Barrier(num_arrivals=whole, num_barriers=many),
@@ -485,8 +483,8 @@ class _Request(NamedTuple):
     out: jax.Array
 
     @classmethod
-    def read(cls, requests, request: jax.Array) -> _Request:
-        return cls(*(requests[request, column] for column in range(tables.OUT + 1)))
+    def read(cls, table, row: jax.Array, first_column: int = 0) -> _Request:
+        return cls(*(table[row, first_column + column] for column in range(tables.OUT + 1)))
 
 
 class _Piece(NamedTuple):
@@ -536,6 +534,11 @@ class Work:
         """Of which it has keys."""
         return self.streams[self.stream, tables.NUM_PAIRS]
 
+    @property
+    def first_request(self) -> _Request:
+        """That of the first pair."""
+        return _Request.read(self.streams, self.stream, tables.FIRST_REQUEST)
+
     def each_piece(self, body, carry):
         """`carry = body(piece, carry)` for every piece."""
         count = self.requests.shape[0]
@@ -554,7 +557,7 @@ class Work:
             left = left - lax.div(end - first + GRAIN - 1, GRAIN)
             return left, jnp.where(following == 0, number + 1, number), following, next_of, carry
 
-        state = (units, number, request, _Request.read(self.requests, request), carry)
+        state = (units, number, request, self.first_request, carry)
         return lax.fori_loop(0, self.num_pairs, step, state)[-1]
 
 
@@ -642,22 +645,21 @@ def _copy(shape: Shape, ref, row, column, smem, part: int, size: int, ready) -> 
 
 def multiply(
     work: Work, products: type[Products], q_ref, factors, scales, first_scale, out_ref, parts_ref, lse_ref, *, q_smem,
-    k_smem, v_smem, out_smem, lse_smem, q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free,
-    k_wide=None, v_wide=None, row_smem=None, **memory,
+    k_smem, v_smem, q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, k_wide=None, v_wide=None,
+    out_smem=None, part_smem=None, **memory,
 ):  # fmt: skip
     """The warpgroup that computes."""
     shape, local = work.shape, work.local
     own, width = products(local, **memory), products.width(shape.head_dim)
     tokens, stages = shape.tile_tokens, shape.tiling.stages
-    out, lse = out_smem.at[local], lse_smem.at[local]
-    used = pl.ds(0, shape.rows)
+    rows = tuple(None if each is None else each.at[local] for each in (out_smem, part_smem))
 
-    def query_tile(request, head):
-        return shape.query_tile(request, work.requests[request, tables.TOKEN], lax.div(head, shape.together))
+    def query_tile(request, token, head):
+        return shape.query_tile(request, token, lax.div(head, shape.together))
 
-    def load_q(number, request, head):
+    def load_q(number, request, token, head):
         """For the piece of this number, of those of the stream."""
-        tile = query_tile(request, head)
+        tile = query_tile(request, token, head)
         buffer = lax.rem(number, 2)
         target = q_smem.at[local, buffer, pl.ds(0, q_ref.shape[1])]
         plgpu.copy_gmem_to_smem(q_ref.at[tile], target, q_ready.at[2 * local + buffer])
@@ -665,7 +667,8 @@ def multiply(
     @pl.when(work.num_pairs > 0)
     def _():
         count = work.requests.shape[0]
-        load_q(0, lax.rem(work.first_pair, count), lax.div(work.first_pair, count) * shape.together)
+        head = lax.div(work.first_pair, count) * shape.together
+        load_q(0, lax.rem(work.first_pair, count), work.first_request.token, head)
 
     def piece(piece: _Piece, count):
         # Ahead of its use: while memory is busy a copy takes microseconds.
@@ -673,7 +676,8 @@ def multiply(
         def _():
             wraps = piece.request + 1 == work.requests.shape[0]
             request = jnp.where(wraps, 0, piece.request + 1)
-            load_q(piece.number + 1, request, jnp.where(wraps, piece.head + shape.together, piece.head))
+            token = work.requests[request, tables.TOKEN]
+            load_q(piece.number + 1, request, token, jnp.where(wraps, piece.head + shape.together, piece.head))
 
         buffer = lax.rem(piece.number, 2)
         q = q_smem.at[local, buffer]
@@ -683,7 +687,7 @@ def multiply(
         if shape.quantized:
             scale = scale * _of_rows(shape, scales, first_scale + piece.head)
         if shape.narrow:
-            scale = scale * factors[query_tile(piece.request, piece.head)]
+            scale = scale * factors[query_tile(piece.request, piece.of.token, piece.head)]
 
         def tile(tile, state, *, masked: bool):
             count, maximum, total, acc = state
@@ -750,58 +754,46 @@ def multiply(
         @pl.when(piece.first < piece.end)
         def _():
             divisor = total if shape.all_see_keys else jnp.where(total == 0, jnp.ones_like(total), total)
-            result = tuple(part / lax.broadcast_in_dim(divisor, part.shape, [0]) for part in acc)
+            factor = 1 / divisor
             if shape.quantized:
-                of_v = _of_rows(shape, scales, first_scale + shape.num_kv_heads + piece.head)
-                result = tuple(_times(part, of_v) for part in result)
+                factor *= _of_rows(shape, scales, first_scale + shape.num_kv_heads + piece.head)
+            result = tuple(_times(part, factor) for part in acc)
             is_final = piece.is_whole if shape.direct else False
 
             @pl.when(is_final)
             def _():
-                _store_final(result, shape, piece, out_ref, None if row_smem is None else row_smem.at[local])
+                low = shape.first_row(piece.head, 0)
+                high = low + piece.of.queries * shape.set_heads
+                at = piece.of.out, piece.head * shape.group
+                _store(result, shape, out_ref, *at, low, high, shape.set_heads, rows[0])
 
             @pl.when(jnp.logical_not(is_final))
             def _():
                 segment = piece.pair + work.stream
-                for first in range(0, shape.head_dim, shape.out_columns):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    at = first % width
-                    out[...] = lax.slice(result[first // width], (0, at), (ROWS, at + shape.out_columns))
-                    if first == 0:
-                        lse[...] = maximum + jnp.log2(total)
-                    plgpu.commit_smem()
-                    columns = pl.ds(first, shape.out_columns)
-                    plgpu.copy_smem_to_gmem(out.at[used], parts_ref.at[segment, :, columns])
-                    if first == 0:
-                        plgpu.copy_smem_to_gmem(lse.at[used], lse_ref.at[segment])
+                _store(result, shape, parts_ref, segment, 0, 0, shape.rows, shape.rows, rows[1])
+                lse_ref[segment] = maximum + jnp.log2(total)
 
         return count
 
     work.each_piece(piece, jnp.int32(0))
-    plgpu.wait_smem_to_gmem(0)
 
 
-def _store_final(result: Parts, shape: Shape, piece: _Piece, out_ref, row_smem) -> None:
-    """Writes the rows of a pair's queries to where `decode_split.join` would."""
-    group, count = shape.set_heads, piece.of.queries * shape.set_heads
-    low, head = shape.first_row(piece.head, 0), piece.head * shape.group
+def _store(result: Parts, shape: Shape, ref, token, head, low, high, group: int, rows) -> None:
+    """Writes rows `low .. high - 1` of a result to `ref`, as `store_rows` says; `rows` is for the interpreter only."""
     width = result[0].shape[1]
     if not shape.interpreted:
         for number, part in enumerate(result):
-            store_rows(
-                part.astype(out_ref.dtype), out_ref, piece.of.out, head, low, low + count, group=group,
-                first_column=number * width,
-            )  # fmt: skip
+            part = part.astype(ref.dtype)
+            store_rows(part, ref, token, head, low, high, group=group, first_column=number * width)
         return
     for number, part in enumerate(result):
-        row_smem[:, number * width : (number + 1) * width] = part.astype(out_ref.dtype)
+        rows[:, number * width : (number + 1) * width] = part.astype(ref.dtype)
     plgpu.commit_smem()
 
     def row(i, _):
-        to = out_ref.at[piece.of.out + lax.div(i, group), head + lax.rem(i, group)]
-        plgpu.copy_smem_to_gmem(row_smem.at[low + i], to)
+        plgpu.copy_smem_to_gmem(rows.at[low + i], ref.at[token + lax.div(i, group), head + lax.rem(i, group)])
 
-    lax.fori_loop(0, count, row, None)
+    lax.fori_loop(0, high - low, row, None)
     plgpu.wait_smem_to_gmem(0)
 
 
