@@ -133,28 +133,11 @@ def _decoding_blocks(
         lengths = jnp.minimum(lengths, decode.window)
     keys = lengths.sum().astype(jnp.float32)
     reading = keys * (2 * decode.num_kv_heads * decode.head_dim * itemsize * flops_per_byte)
-    tiles_of = schedule.tiles[:, mosaic_prefill.Tile._fields.index("blocks")]
-    tiles = tiles_of.sum().astype(jnp.float32)
+    tiles = schedule.tiles[:, mosaic_prefill.Tile._fields.index("blocks")].sum().astype(jnp.float32)
     tile_flops = 4 * prefill.head_dim * prefill.block_q * prefill.tiling.block_k
     computing = tiles * (prefill.num_q_heads * tile_flops)
     share = reading / jnp.maximum(reading + computing, 1)
-    many = jnp.clip(jnp.round(share * blocks), keys > 0, blocks - 1).astype(jnp.int32)
-    prefilling = _as_few(blocks - many, tiles_of, prefill.num_q_heads, blocks)
-    return jnp.where(keys > 0, blocks - prefilling, 0).reshape(1)
-
-
-def _as_few(prefilling: jax.Array, lengths: jax.Array, heads: int, blocks: int) -> jax.Array:
-    """The fewest blocks that prefill no later than `prefilling` do: pairs of a tile and a head go to them in rounds,
-    so that a few more may not help.
-
-    Args:
-      lengths: int32 `[tiles]`, the longest first: what a tile takes, with each of so many `heads`.
-    """
-    many = jnp.arange(1, blocks + 1, dtype=jnp.int32)[:, None]
-    item = jnp.arange(lengths.size + 1, dtype=jnp.int32) * heads
-    rounds = (item + many - 1) // many  # that begin before this item
-    time = (jnp.diff(rounds, axis=1) * lengths).sum(axis=1)  # a round takes as long as its first item
-    return blocks - (time <= time[prefilling - 1]).sum().astype(jnp.int32) + 1
+    return jnp.clip(jnp.round(share * blocks), keys > 0, blocks - 1).astype(jnp.int32).reshape(1)
 
 
 def _scratch(
