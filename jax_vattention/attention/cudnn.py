@@ -4,9 +4,10 @@ cuDNN knows nothing of slots: row `i` of the queries attends to row `i` of K and
 order of the slots, a slot of no request has the length 0, and the results are brought back. Only those small arrays
 are copied: K and V are the cache's own, whole.
 
-cuDNN has to find every key of a tile in memory, and something finite in those behind a request's last token: they get
-the weight 0, and 0 * NaN is NaN. Pages end where tiles end, or `refusal` says so; they are zeroed before they come to
+cuDNN has to find every key of a tile in memory, and something finite in those behind a request's last token: they may
+get the weight 0, and 0 * NaN is NaN. Pages end where tiles end, or `refusal` says so; they are zeroed before they come to
 a request (`KVCacheManager(zero_pages=True)`), so what they hold is finite unless the model itself wrote NaN there.
+cuDNN 9.19 on an H100 does not let it through (`test_attention_cudnn.py`); that is not promised.
 """
 
 from __future__ import annotations
