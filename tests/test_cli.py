@@ -107,7 +107,9 @@ def generate(tiny, capsys):
 
     def run(*arguments: str) -> tuple[int, str, str]:
         status = cli.main(["generate", "--model", tiny, *arguments])
-        return status, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        # On a busy machine even this model loads so slowly that a line says so.
+        return status, out, "".join(line for line in err.splitlines(True) if not line.startswith("loading: "))
 
     return run
 
