@@ -57,7 +57,8 @@ class RaggedBatch:
     def token_index(self, num_tokens: int) -> TokenIndex:
         """Slot, position and mask of each of `num_tokens` tokens. Compute it once in a program and pass it on."""
         token = jnp.arange(num_tokens, dtype=jnp.int32)
-        owner = jnp.searchsorted(self.q_starts, token, side="right").astype(jnp.int32) - 1
+        # All at once: the search that is the default is a loop, with launches in each round.
+        owner = jnp.searchsorted(self.q_starts, token, side="right", method="compare_all").astype(jnp.int32) - 1
         owner = jnp.maximum(owner, 0)
         offset = token - self.q_starts[owner]
         mask = (offset >= 0) & (offset < self.q_lens[owner])

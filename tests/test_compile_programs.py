@@ -42,6 +42,11 @@ def compile_on(target, fn, *arguments):
     return compile_for(target, fn, *arguments)
 
 
+def loops(compiled):
+    """Of a program for a GPU: each costs launches of its own in every round, outside of CUDA graphs."""
+    return compiled.as_text().count(" while(")
+
+
 def int32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
@@ -125,6 +130,8 @@ def test_append_and_attention(target, program, variant, max_q_len):
         cache = make_cache(max_seq_len, **VARIANTS[variant])
         compiled = compile_on(target, program, q, cache, batch)
         assert_views_not_copied(compiled, cache.spec)
+        if target != "cpu":
+            assert loops(compiled) == (program in (scan, while_loop))
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     assert max(temporary) == min(temporary) < 32 * 2**20
 
@@ -169,6 +176,8 @@ def test_the_programs_of_the_engine(target):
             "decode": compile_on(target, programs._decode, programs._weights, cache, rows, starts),
         }.items():
             assert_views_not_copied(compiled, cache.spec)
+            if target != "cpu":
+                assert loops(compiled) == (name == "decode")  # over its tokens
             temporary[name].append(compiled.memory_analysis().temp_size_in_bytes)
             assert compiled.as_text().count("jax_vattention.append") >= config.num_layers
     for sizes in temporary.values():

@@ -5,9 +5,9 @@ order of the slots, a slot of no request has the length 0, and the results are b
 are copied: K and V are the cache's own, whole.
 
 cuDNN has to find every key of a tile in memory, and something finite in those behind a request's last token: they may
-get the weight 0, and 0 * NaN is NaN. Pages end where tiles end, or `refusal` says so; they are zeroed before they come to
-a request (`KVCacheManager(zero_pages=True)`), so what they hold is finite unless the model itself wrote NaN there.
-cuDNN 9.19 on an H100 does not let it through (`test_attention_cudnn.py`); that is not promised.
+get the weight 0, and 0 * NaN is NaN. (cuDNN 9.19 on an H100 lets none through, which nobody promises.) Pages end where
+tiles end, or `refusal` says so; they are zeroed before they come to a request (`KVCacheManager(zero_pages=True)`), so
+what they hold is finite unless the model itself wrote NaN there.
 """
 
 from __future__ import annotations
