@@ -30,9 +30,12 @@ GRAIN = 16
 """Keys of a unit: a part ends at a whole number of them, or at the end of a request."""
 _SEARCHED_ELEMENTS = 2048
 """Comparisons that a program of `_schedule_kernel` makes for each of its columns."""
-_JOINED_ELEMENTS, _LEAST_COLUMNS, _MOST_SEGMENTS = 4096, 16, 32
-"""Of a program of `_join_kernel`: at most so many elements, segments and, unless there are less, columns at first."""
+_JOINED_ELEMENTS, _MOST_SEGMENTS = 4096, 32
+"""Of partial results that a program of `_join_kernel` reads at first: no more, unless columns are `_LEAST_COLUMNS`."""
+_LEAST_COLUMNS = 16
+"""Of such a program, but for heads that have fewer."""
 _WARP_ELEMENTS = 1024
+"""Of those, what one warp reads."""
 _THEN = 4
 """Of pairs in more segments than most, this many times as many at once: each time waits for memory."""
 
