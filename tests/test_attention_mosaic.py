@@ -179,6 +179,30 @@ def test_prefill_in_the_interpreter(requests, options):
     prefill_cases.check(mosaic_prefill, requests, **options)
 
 
+LARGE = [
+    ([(100, 300), (1, 90)], {"large": (60, 2**5, 1)}),  # scores grow by about 60: the first attempt finds them
+    ([(100, 300), (1, 90)], {"large": (60, 2**12, 1)}),  # by some thousands: weights overflow
+    ([(100, 300)], {"large": (60, 2**12, 1), "dtype": "float16"}),
+    ([(100, 300)], {"large": (60, 2**5, 2.0**90)}),  # sums with V overflow
+    ([(129, 300)], {"large": (200, 2**12, 1), "window": 150, "soft_cap": 500.0}),
+    ([(65, 192), (60, 188)], {}),  # a row sees all of a tile and no key behind it
+    ([(65, 192), (60, 188)], {"prefix_lens": [128, 192]}),
+]
+"""Of which several do not fit into the range that an optimistic attempt has."""
+
+
+@pytest.mark.parametrize(("requests", "options"), LARGE, ids=str)
+def test_scores_that_grow_in_the_interpreter(requests, options):
+    prefill_cases.check(mosaic_prefill, requests, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("requests", "options"), LARGE, ids=str)
+def test_scores_that_grow(requests, options):
+    prefill_cases.check(mosaic_prefill, requests, interpreted=False, **options)
+    prefill_cases.check(mosaic_prefill, requests, interpreted=False, **options | {"blocks": 132, "block_k": 128})
+
+
 # Both in one kernel
 
 
@@ -189,6 +213,7 @@ MIXED = [
     ([(40, 140), (0, 0)], 1.0, {}),
     ([(40, 300), (1, 300), (1, 20)], 50.0, {"window": 50, "sinks": True, "soft_cap": 2.0}),
     ([(40, 140), (1, 30), (1, 90)], 50.0, {"prefix_lens": [100, 30, 85], "head_dim": 128}),
+    ([(100, 300), (1, 90)], 50.0, {"large": (60, 2**12, 1)}),
 ]
 
 

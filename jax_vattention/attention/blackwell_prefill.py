@@ -133,9 +133,8 @@ def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, 
         plgpu.set_max_registers(tiling.registers[0], action="decrease")
         mosaic_prefill.pass_on(order, order_out, block)
         layer = layer_ref[0] * shape.layer_stride
-        count = mosaic_prefill.copy(work, layer, q_ref, k_ref, v_ref, **scratch)
-        mosaic_prefill.fill_gaps(work, gaps, counts[1], out_ref, scratch["zero_smem"])
-        mosaic_prefill.drain(work, count, **scratch)
+        fill = functools.partial(mosaic_prefill.fill_gaps, work, gaps, counts[1], out_ref, scratch["zero_smem"])
+        mosaic_prefill.drain(work, mosaic_prefill.copy(work, layer, q_ref, k_ref, v_ref, fill, **scratch), **scratch)
 
     @pl.when(warpgroup == _MULTIPLIES)
     def _():

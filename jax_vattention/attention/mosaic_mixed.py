@@ -183,9 +183,9 @@ def _mixed(
         @pl.when(block >= many)
         def _():
             mosaic_prefill.pass_on(order, order_out, block - many)
-            count = mosaic_prefill.copy(computing, layer, q_ref, k_ref, v_ref, **others)
-            mosaic_prefill.fill_gaps(computing, gaps, counts[1], out_ref, others["zero_smem"])
-            mosaic_prefill.drain(computing, count, **others)
+            fill = functools.partial(mosaic_prefill.fill_gaps, computing, gaps, counts[1], out_ref, others["zero_smem"])
+            copied = mosaic_prefill.copy(computing, layer, q_ref, k_ref, v_ref, fill, **others)
+            mosaic_prefill.drain(computing, copied, **others)
 
     @pl.when(warpgroup < _COPIES)
     def _():

@@ -7,6 +7,8 @@ softmax. In its turn a warpgroup begins the scores of a tile of keys and the pro
 nothing else: all that these take is in registers by then (see `mosaic_products`). With `Tiling.overlap`, its other
 overlap, the softmax begins when the scores are there, next to the warpgroup's own product with V.
 
+Unlike there, a softmax has no maximum to look for in most tiles (see `optimistic`): tensor cores waited for that.
+
 A block stays for the whole kernel: tiles of queries of all requests and heads, sorted by the keys that they see, are
 dealt out to the blocks, and the copying warpgroup runs ahead into the next one.
 
@@ -38,6 +40,7 @@ from jax_vattention.attention.mosaic_products import (
     begin_sum,
     give_turn,
     pin,
+    report_overflow,
     settle,
     sums_of_columns,
     wait_turn,
@@ -56,6 +59,8 @@ _FIELDS = 32
 """int32 of a row of the schedule: copies take a multiple of 128 bytes."""
 NOTHING = -1e30
 """Maximum of no scores. Finite: a row that sees nothing of a tile then needs no care."""
+_LIMIT = 2.0**100
+"""Of the sum of a row's weights in an optimistic attempt."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +88,18 @@ class Tiling(Tiles):
     """The softmax of a tile overlaps with the product with V of the one before it."""
     registers: tuple[int, int] = (40, 232)
     """Of a thread that copies, and of one that multiplies."""
+
+
+def optimistic(dtype: Any) -> bool:
+    """Whether a first attempt takes the maximum of each row's scores from its masked tiles, and keeps it.
+
+    Those are the last ones that the row sees. A softmax is the same whatever is subtracted from its scores, and numbers
+    of float32 and bfloat16 are as precise far from 1 as near it: nothing is lost unless something overflows. Then sums
+    that are not below `_LIMIT`, or results that are not finite, say so, and the block does all its work once more, with
+    a maximum for each tile. That takes scores that grow by 69 (100 powers of 2) towards the first keys. float16 has no
+    such range.
+    """
+    return float(jnp.finfo(dtype).max) > _LIMIT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,7 +363,8 @@ def buffers(shape: Shape, dtype: Any) -> dict[str, Any]:
         "q_smem": swizzled((tiling.q_stages, shape.block_q, shape.head_dim), dtype),
         "k_smem": swizzled((tiling.stages, tiling.block_k, shape.head_dim), dtype),
         "v_smem": swizzled((tiling.stages, tiling.block_k, shape.head_dim), dtype),
-        "tile_smem": plgpu.SMEM((tiling.q_stages, _FIELDS), jnp.int32),
+        # And a row of what failed, by warpgroup: each array takes a multiple of 1 KiB.
+        "tile_smem": plgpu.SMEM((tiling.q_stages + 1, _FIELDS), jnp.int32),
         "zero_smem": plgpu.SMEM((shape.zero_heads, shape.head_dim), dtype),
         "q_ready": plgpu.Barrier(num_arrivals=2, num_barriers=tiling.q_stages),
         "k_ready": plgpu.Barrier(num_barriers=tiling.stages),
@@ -366,6 +384,7 @@ def scratch_types(shape: Shape, tiling: Tiling, dtype: Any) -> dict[str, Any]:
             "k_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
             "v_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
         }
+        | ({"attempted": plgpu.Barrier(num_arrivals=_CONSUMERS)} if optimistic(dtype) else {})
     )
 
 
@@ -390,9 +409,8 @@ def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, 
     def _():
         plgpu.set_max_registers(tiling.registers[0], action="decrease")
         pass_on(order, order_out, block)
-        count = copy(work, layer, q_ref, k_ref, v_ref, **scratch)
-        fill_gaps(work, gaps, counts[1], out_ref, scratch["zero_smem"])
-        drain(work, count, **scratch)
+        fill = functools.partial(fill_gaps, work, gaps, counts[1], out_ref, scratch["zero_smem"])
+        drain(work, copy(work, layer, q_ref, k_ref, v_ref, fill, **scratch), **scratch)
 
     @pl.when(warpgroup < _CONSUMERS)
     def _():
@@ -432,16 +450,29 @@ class Work:
         return jnp.where(lax.rem(i, 2) == 0, self.block, self.blocks - 1 - self.block)
 
     def item(self, i) -> tuple[jax.Array, jax.Array]:
-        """Row of `tiles` and query head of number `i`. Heads that share a KV head are neighbours: L2 has their keys."""
+        """Row of `tiles` and query head of number `i`. Heads that share a KV head are neighbours: L2 has their keys.
+
+        After the last one comes the first one again.
+        """
+        i = lax.rem(i, self.count)
         item = i * self.blocks + self._within(i)
         return lax.div(item, self.shape.num_q_heads), lax.rem(item, self.shape.num_q_heads)
 
 
+class Copied(NamedTuple):
+    """What `copy` has copied."""
+
+    items: jax.Array
+    """Of the block's work, each as often as it was copied."""
+    tiles: jax.Array
+    """Of keys."""
+
+
 def copy(
-    work: Work, layer, q_ref, k_ref, v_ref, *, q_smem, k_smem, v_smem, tile_smem, q_ready, q_free, k_ready, v_ready,
-    tail_ready, k_free, v_free, **_,
-):  # fmt: skip
-    """The warpgroup that copies Q, K and V. Returns how many tiles of keys there were."""
+    work: Work, layer, q_ref, k_ref, v_ref, meanwhile: Callable[[], None], *, q_smem, k_smem, v_smem, tile_smem,
+    q_ready, q_free, k_ready, v_ready, tail_ready, k_free, v_free, attempted=None, **_,
+) -> Copied:  # fmt: skip
+    """The warpgroup that copies Q, K and V; `meanwhile` is what it does when all copies are on their way."""
     shape, tiling = work.shape, work.shape.tiling
     block_k, stages, q_stages = tiling.block_k, tiling.stages, tiling.q_stages
 
@@ -513,11 +544,33 @@ def copy(
 
         return count + tile.blocks
 
-    return lax.fori_loop(0, work.count, item, jnp.int32(0))
+    def attempt(number, done: Copied) -> Copied:
+        """Once more, if that is the verdict on the first attempt."""
+
+        def verdict():
+            meanwhile()
+            plgpu.barrier_wait(attempted)
+            return _failed(tile_smem, q_stages)
+
+        wanted = lax.cond(number == 0, lambda: jnp.bool_(True), verdict)
+        end = done.items + jnp.where(wanted, work.count, 0)
+        return Copied(end, lax.fori_loop(done.items, end, item, done.tiles))
+
+    done = Copied(jnp.int32(0), jnp.int32(0))
+    if attempted is None:
+        done = Copied(work.count, lax.fori_loop(0, work.count, item, done.tiles))
+        meanwhile()
+        return done
+    return lax.fori_loop(0, 2, attempt, done)
 
 
-def drain(work: Work, count, *, q_free, k_free, v_free, **_) -> None:
-    """Waits until the last of `count` tiles of keys and the queries are free again: barriers end as they began."""
+def _failed(tile_smem, q_stages: int):
+    """Whether the first attempt of any warpgroup has."""
+    return functools.reduce(jnp.logical_or, (tile_smem[q_stages, i] != 0 for i in range(_CONSUMERS)))
+
+
+def drain(work: Work, copied: Copied, *, q_free, k_free, v_free, **_) -> None:
+    """Waits until the last tiles of keys and queries are free again: barriers end as they began."""
     tiling = work.shape.tiling
 
     def queries(i, _):
@@ -527,8 +580,8 @@ def drain(work: Work, count, *, q_free, k_free, v_free, **_) -> None:
         plgpu.barrier_wait(k_free.at[lax.rem(t, tiling.stages)])
         plgpu.barrier_wait(v_free.at[lax.rem(t, tiling.stages)])
 
-    lax.fori_loop(jnp.maximum(work.count - tiling.q_stages, 0), work.count, queries, None)
-    lax.fori_loop(jnp.maximum(count - tiling.stages, 0), count, keys, None)
+    lax.fori_loop(jnp.maximum(copied.items - tiling.q_stages, 0), copied.items, queries, None)
+    lax.fori_loop(jnp.maximum(copied.tiles - tiling.stages, 0), copied.tiles, keys, None)
 
 
 def _clean(v, length, shape: Shape) -> None:
@@ -580,7 +633,7 @@ class _State(NamedTuple):
 
 def multiply(
     work: Work, tiling: Tiling, warpgroup, sinks, out_ref, *, q_smem, k_smem, v_smem, tile_smem, q_ready,
-    q_free, k_ready, v_ready, k_free, v_free, out_smem=None, **_,
+    q_free, k_ready, v_ready, k_free, v_free, out_smem=None, attempted=None, **_,
 ):  # fmt: skip
     """A warpgroup that computes."""
     shape = work.shape
@@ -588,6 +641,7 @@ def multiply(
     dtype = k_smem.dtype
     row_layout = plgpu.Layout.WGMMA.reduce(1)
     own_rows = pl.ds(warpgroup * ROWS, ROWS)
+    failed = tile_smem.at[tiling.q_stages, warpgroup]
     interpreted = shape.interpreted
     # The interpreter has no named barriers. Turns say when something is done, not what.
     in_turns = tiling.ping_pong and not interpreted
@@ -597,7 +651,7 @@ def multiply(
         def _():
             give_turn(0)
 
-    def item(i, count):
+    def item(i, count, *, careful: bool):
         head = work.item(i)[1]
         q_stage = lax.rem(i, tiling.q_stages)
         plgpu.barrier_wait(q_ready.at[q_stage])
@@ -652,18 +706,24 @@ def multiply(
             else:
                 scores, acc = settle(0, scores, acc, interpreted=interpreted)
             plgpu.barrier_arrive(k_free.at[k_stage])
-            weights, maximum, shrink, total = softmax(scores, state.maximum, state.total, key_of(t), masked=masked)
+            maximum, shrink = state.maximum, None
+            if masked or careful:
+                weights, maximum, shrink, total = softmax(scores, maximum, state.total, key_of(t), masked=masked)
+            else:
+                weights = _weights(*_scores(scores, shape), maximum)
+                total = state.total + sums_of_columns(weights, interpreted=interpreted)
             if tiling.overlap:
                 pin(total, interpreted=interpreted)
                 (acc,) = settle(0, acc, interpreted=interpreted)
             plgpu.barrier_arrive(v_free.at[v_stage])
-            acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
+            if shrink is not None:
+                acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
             return _State(maximum, total, acc, weights.astype(dtype))
 
         def steps(begin, end, state, *, masked: bool):
             return lax.fori_loop(begin, end, functools.partial(step, masked=masked), state)
 
-        low, high = unmasked(tile, position, ROWS, shape)
+        low, high = unmasked(tile, position, ROWS, shape, behind=1)
         full, below = jnp.maximum(tile.blocks - high, 1), jnp.maximum(tile.blocks - low, 1)
         state = steps(1, full, state, masked=True)
         state = steps(full, below, state, masked=False)
@@ -682,7 +742,11 @@ def multiply(
 
         acc = pl.run_scoped(finish, plgpu.ACC((ROWS, head_dim), jnp.float32))
         plgpu.barrier_arrive(v_free.at[stage])
-        total = denominator(state.maximum, state.total.sum(axis=1), None if sinks is None else sinks[head], shape)
+        total = state.total.sum(axis=1)
+        if not careful:
+            low, high = (jnp.clip(row - warpgroup * ROWS, 0, ROWS) for row in (tile.low, tile.high))
+            report_overflow(total, acc, low, high, _LIMIT, failed, interpreted=interpreted)
+        total = denominator(state.maximum, total, None if sinks is None else sinks[head], shape)
         acc = acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])
         buffer = out_smem.at[own_rows] if tiling.own_out else q
         _store(acc.astype(dtype), buffer, out_ref, tile, head, warpgroup, shape)
@@ -691,7 +755,20 @@ def multiply(
             plgpu.barrier_arrive(q_free.at[q_stage])
         return count + tile.blocks
 
-    lax.fori_loop(0, work.count, item, jnp.int32(0))
+    def attempt(begin, end, count, *, careful: bool):
+        return lax.fori_loop(begin, end, functools.partial(item, careful=careful), count)
+
+    if attempted is None:
+        attempt(0, work.count, jnp.int32(0), careful=True)
+    else:
+        failed[...] = jnp.int32(0)
+        plgpu.commit_smem()
+        count = attempt(0, work.count, jnp.int32(0), careful=False)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(attempted)
+        plgpu.barrier_wait(attempted)
+        again = jnp.where(_failed(tile_smem, tiling.q_stages), work.count, 0)
+        attempt(work.count, work.count + again, count, careful=True)
     if in_turns:
 
         @pl.when(warpgroup == 0)
@@ -701,10 +778,13 @@ def multiply(
     plgpu.wait_smem_to_gmem(0)
 
 
-def unmasked(tile: Tile, position, rows: int, shape: Shape) -> tuple[Any, Any]:
-    """Tiles of keys `low .. high - 1` that each of so many rows sees all of; `position` is that of the first."""
+def unmasked(tile: Tile, position, rows: int, shape: Shape, *, behind: int = 0) -> tuple[Any, Any]:
+    """Tiles of keys `low .. high - 1` that each of so many rows sees all of, and so many keys `behind` them.
+
+    `position` is that of the first row.
+    """
     block_k = shape.tiling.block_k
-    seen = jnp.maximum(position + 1, tile.prefix) - tile.begin
+    seen = jnp.maximum(position + 1, tile.prefix) - behind - tile.begin
     high = jnp.minimum(lax.div(jnp.maximum(seen, 0), block_k), tile.blocks)
     if shape.window is None:
         return jnp.int32(0), high
@@ -746,12 +826,7 @@ def softmax(
       sums: adds up some of the columns of weights, if `total` has a few columns of which the sum is the total.
       slack: weights may grow up to 2 to the power of it before a new maximum takes the place of the old one.
     """
-    first, factor = factors(shape)
-    scores = products
-    if shape.soft_cap is not None:
-        scores = jnp.tanh(products * (shape.scale / shape.soft_cap)) * (shape.soft_cap * _LOG2_E)
-    elif first != 1.0:
-        scores = products * first
+    scores, factor = _scores(products, shape)
     if visible is not None:
         scores = visible(scores)
     new_maximum = jnp.maximum(maximum, scores.max(axis=1))
@@ -759,10 +834,24 @@ def softmax(
         # NaN, which is found for rows of no request, changes nothing.
         new_maximum = jnp.where(new_maximum - maximum > slack / factor, new_maximum, maximum)
     shrink = jnp.exp2((maximum - new_maximum) * factor)
-    weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_maximum * factor, scores.shape, [0]))
+    weights = _weights(scores, factor, new_maximum)
     if sums is None:
         return weights, new_maximum, shrink, total * shrink + weights.sum(axis=1)
     return weights, new_maximum, shrink, total * lax.broadcast_in_dim(shrink, total.shape, [0]) + sums(weights)
+
+
+def _scores(products, shape: Shape) -> tuple[Any, float]:
+    """Scores, and the factor that makes exponents of 2 of them."""
+    first, factor = factors(shape)
+    if shape.soft_cap is not None:
+        products = jnp.tanh(products * (shape.scale / shape.soft_cap)) * (shape.soft_cap * _LOG2_E)
+    elif first != 1.0:
+        products = products * first
+    return products, factor
+
+
+def _weights(scores, factor: float, maximum):
+    return jnp.exp2(scores * factor - lax.broadcast_in_dim(maximum * factor, scores.shape, [0]))
 
 
 def _visible(scores, *, tile: Tile, position, key, shape: Shape):

@@ -11,8 +11,9 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, vector
+from jax._src.lib.mlir.dialects import arith, llvm, memref, scf, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
@@ -133,13 +134,18 @@ def pin(sums, *, interpreted: bool) -> None:
     store(sums)
 
 
-def _scalars(array: mgpu.FragmentedArray) -> list[ir.Value]:
-    """A thread's elements."""
+def _elements(array: mgpu.FragmentedArray) -> list[tuple[tuple[int, ...], ir.Value]]:
+    """A thread's elements, and of each where its register is."""
     return [
-        vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
-        for register in array.registers.flat
+        (at, vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])))
+        for at, register in np.ndenumerate(array.registers)
         for i in range(ir.VectorType(register.type).shape[0])
     ]
+
+
+def _scalars(array: mgpu.FragmentedArray) -> list[ir.Value]:
+    """A thread's elements."""
+    return [value for _, value in _elements(array)]
 
 
 def wait_turn(warpgroup) -> None:
@@ -177,3 +183,38 @@ def sums_of_columns(weights, *, interpreted: bool):
         return total
 
     return add(weights)
+
+
+def report_overflow(totals, sums, low, high, limit: float, flag, *, interpreted: bool) -> None:
+    """Sets `flag` to 1 if a row `low .. high - 1` has a total that is not below the limit, or a sum that is not finite.
+
+    Args:
+      totals: `[rows]`, not less than 0.
+      sums: `[rows, columns]`.
+      flag: int32 in shared memory.
+    """
+    rows = totals.shape[0]
+    if interpreted:
+        row = jnp.arange(rows, dtype=jnp.int32)
+        bad = jnp.logical_not(totals + (sums * 0).sum(axis=1) < limit) & (row >= low) & (row < high)
+        flag[...] = jnp.where(bad.any(), 1, flag[...])
+        return
+    layout = _WGMMA.reduce(1)
+    row = plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=layout)
+    own = jnp.where((row >= low) & (row < high), jnp.int32(1), jnp.int32(0))
+
+    @plgpu.inline_mgpu(arg_types=(layout, _WGMMA, layout, plgpu.RefType()))
+    def report(_, totals, sums, own, flag):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        zero = mgpu.c(0.0, f32)
+        for r, (total, mine) in enumerate(zip(_scalars(totals), _scalars(own), strict=True)):
+            # 0 times what is not finite is NaN, which is not below anything.
+            elements = (value for at, value in _elements(sums) if at[4] == r)
+            value = functools.reduce(lambda found, each: arith.addf(found, arith.mulf(each, zero)), elements, total)
+            bad = arith.cmpf(arith.CmpFPredicate.UGE, value, mgpu.c(limit, f32))
+            bad = arith.andi(bad, arith.cmpi(arith.CmpIPredicate.ne, mine, mgpu.c(0, i32)))
+            with ir.InsertionPoint(scf.IfOp(bad).then_block):
+                memref.store(mgpu.c(1, i32), flag, [])
+                scf.yield_([])
+
+    report(totals, sums, own, flag)
