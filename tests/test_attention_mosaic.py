@@ -207,54 +207,32 @@ def test_scores_that_grow(requests, options):
 
 
 MIXED = [
-    ([(5, 5), (1, 200), (0, 0), (150, 300), (1, 90), (1, 1)], 1e9, {"blocks": 3}),  # two blocks decode
-    ([(5, 5), (1, 200), (150, 300), (1, 90)], 1e-9, {"blocks": 3}),  # one does
-    ([(1, 130), (1, 8)], 1.0, {"layout": "layer_major", "group": 4}),
-    ([(40, 140), (0, 0)], 1.0, {}),
-    ([(40, 300), (1, 300), (1, 20)], 50.0, {"window": 50, "sinks": True, "soft_cap": 2.0}),
-    ([(40, 140), (1, 30), (1, 90)], 50.0, {"prefix_lens": [100, 30, 85], "head_dim": 128}),
-    ([(100, 300), (1, 90)], 50.0, {"large": (60, 2**12, 1)}),
+    ([(5, 5), (1, 200), (0, 0), (150, 300), (1, 90), (1, 1)], {"blocks": 3}),
+    ([(5, 5), (1, 200), (150, 300), (1, 90)], {"blocks": 4}),
+    ([(1, 130), (1, 8)], {"layout": "layer_major", "group": 4}),
+    ([(40, 140), (0, 0)], {}),
+    ([(40, 300), (1, 300), (1, 20)], {"window": 50, "sinks": True, "soft_cap": 2.0}),
+    ([(40, 140), (1, 30), (1, 90)], {"prefix_lens": [100, 30, 85], "head_dim": 128}),
+    ([(100, 300), (1, 90)], {"large": (60, 2**12, 1)}),
 ]
 
 
-def check_mixed(requests, flops_per_byte, **options):
+def check_mixed(requests, **options):
     def run(*arguments, tiling, interpret, **also):
-        own = mosaic_mixed.Tiling(flops_per_byte, blocks=tiling.blocks)
+        own = mosaic_mixed.Tiling(blocks=tiling.blocks)
         also |= {"interpret": interpret, "interpret_tables": bool(interpret)}
         return mosaic_mixed.run(*arguments, tiling=own, prefill_tiling=tiling, **also)
 
     prefill_cases.check(types.SimpleNamespace(run=run, Tiling=mosaic_prefill.Tiling), requests, **options)
 
 
-@pytest.mark.parametrize(("requests", "flops_per_byte", "options"), MIXED, ids=str)
-def test_mixed_in_the_interpreter(requests, flops_per_byte, options):
-    check_mixed(requests, flops_per_byte, **options)
+@pytest.mark.parametrize(("requests", "options"), MIXED, ids=str)
+def test_mixed_in_the_interpreter(requests, options):
+    check_mixed(requests, **options)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("requests", "flops_per_byte", "options"), MIXED, ids=str)
-def test_mixed_in_one_kernel(requests, flops_per_byte, options):
-    check_mixed(requests, flops_per_byte, interpreted=False, **options)
-    check_mixed(requests, 100.0, interpreted=False, **options | {"blocks": 132, "block_k": 128})
-
-
-def test_blocks_are_shared_out_by_the_work_of_both_kinds():
-    """Of two equal tiles of 128 queries and 128 keys for 4 heads, and of decodes that read as many bytes as `keys`."""
-    spec = KVCacheSpec(1, 2, 64, 4, 4096, jnp.bfloat16, 4096)
-    view = plain_cache(spec, {}).layer_view(0)
-    q = jnp.zeros((256, 4, 64), jnp.bfloat16)
-    prefill = mosaic_prefill.shape_of(
-        q, view, Features(), scale=1.0, tiling=mosaic_prefill.Tiling(blocks=132), interpret=False
-    )
-    flops = 2 * 4 * (4 * 64 * 128 * 128)
-
-    def blocks(keys, tiles=2):
-        decodes = suite.make_batch([0, 1], [int(keys > 0), 0], [keys, 50])
-        options = {"scale": 1.0, "tiling": mosaic_decode.Tiling(), "products": mosaic_decode.Wgmma}
-        decode = mosaic_decode.Shape.of(q, view, decodes, Features(), **options)
-        schedule = mosaic_prefill.Schedule(jnp.ones((tiles, 32), jnp.int32), None, None)
-        flops_per_byte = flops / (1000 * 2 * 2 * 64 * 2)  # so that 1,000 keys weigh as much as the two tiles
-        return int(mosaic_mixed._decoding_blocks(decode, prefill, schedule, decodes, flops_per_byte, 2)[0])
-
-    assert [blocks(keys) for keys in (0, 1, 500, 1000, 3000, 1 << 20)] == [0, 1, 44, 66, 99, 131]
-    assert blocks(1000, tiles=0) == 131
+@pytest.mark.parametrize(("requests", "options"), MIXED, ids=str)
+def test_mixed_in_one_kernel(requests, options):
+    check_mixed(requests, interpreted=False, **options)
+    check_mixed(requests, interpreted=False, **options | {"blocks": 132, "block_k": 128})

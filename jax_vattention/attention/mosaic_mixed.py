@@ -1,14 +1,16 @@
 """Decodes and chunks of prompts of one step in one kernel: Hopper GPUs.
 
 Decoding waits for memory and prefill for the tensor cores, so at the same time they take less than one after the other
-(POD-Attention, Kamath et al., arXiv 2410.18038). There the two share a multiprocessor; here some blocks decode as
-`mosaic_decode` does, and the others multiply as `mosaic_prefill` does. How many decode follows from the work of both.
+(POD-Attention, Kamath et al., arXiv 2410.18038). There the two share a multiprocessor; here every block has its share
+of both, first decodes as `mosaic_decode` does and then multiplies as `mosaic_prefill` does, or the other way round: so
+at any time some read memory and others compute, whatever there is of each.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,10 +32,10 @@ _COPIES = 2
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """What may be tuned, beside the tilings of the two kernels."""
+    """What may be tuned, beside the tiling of the prefill."""
 
-    flops_per_byte: float = 100.0
-    """What a block computes in a prefill while another one reads a byte in a decode: what a block of each is worth."""
+    stages: int = 4
+    """Of decoding: half of the blocks, which is what may decode at a time, then have enough on its way to them."""
     blocks: int = BLOCKS
 
 
@@ -55,7 +57,7 @@ def run(
     tiling = tiling or tuned(Tiling(), "mosaic_mixed", head_dim, dtype)
     prefill_tiling = prefill_tiling or tuned(mosaic_prefill.Tiling(), "mosaic_prefill", head_dim, dtype)
     prefill_tiling = dataclasses.replace(prefill_tiling, blocks=tiling.blocks)
-    decode_tiling = mosaic_decode.Tiling(blocks=tiling.blocks)
+    decode_tiling = mosaic_decode.Tiling(stages=tiling.stages, blocks=tiling.blocks)
 
     decodes, first, chunks = parted(q, batch)
     one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
@@ -66,9 +68,8 @@ def run(
     schedule = mosaic_prefill.schedule(
         chunks, view, features, prefill, q.shape[0], view.k.shape[1], others=decodes.q_lens
     )
-    many = _decoding_blocks(decode, prefill, schedule, decodes, tiling.flops_per_byte, dtype.itemsize)
     split = decode_split.split(
-        decodes, view, one, tokens=batch.num_requests, sets=decode.sets, streams=tiling.blocks, active=many,
+        decodes, view, one, tokens=batch.num_requests, sets=decode.sets, streams=tiling.blocks,
         out_rows=first, interpret=interpret_tables,
     )  # fmt: skip
     sinks = () if features.sinks is None else (features.sinks,)
@@ -92,7 +93,6 @@ def run(
         *schedule,
         split.requests,
         split.streams,
-        many,
         view.layer.reshape(1),
         order,
         *sinks,
@@ -118,28 +118,6 @@ def placed(decoded: jax.Array, out: jax.Array, batch: RaggedBatch) -> jax.Array:
     return out.at[rows].set(decoded, mode="drop")
 
 
-def _decoding_blocks(
-    decode: mosaic_decode.Shape,
-    prefill: mosaic_prefill.Shape,
-    schedule: mosaic_prefill.Schedule,
-    decodes: RaggedBatch,
-    flops_per_byte: float,
-    itemsize: int,
-) -> jax.Array:
-    """int32 `[1]`: how many blocks decode, so that both kinds end at the same time; at least one prefills."""
-    blocks = prefill.tiling.blocks
-    lengths = jnp.where(decodes.q_lens > 0, decodes.kv_lens, 0)
-    if decode.window is not None:
-        lengths = jnp.minimum(lengths, decode.window)
-    keys = lengths.sum().astype(jnp.float32)
-    reading = keys * (2 * decode.num_kv_heads * decode.head_dim * itemsize * flops_per_byte)
-    tiles = schedule.tiles[:, mosaic_prefill.Tile._fields.index("blocks")].sum().astype(jnp.float32)
-    tile_flops = 4 * prefill.head_dim * prefill.block_q * prefill.tiling.block_k
-    computing = tiles * (prefill.num_q_heads * tile_flops)
-    share = reading / jnp.maximum(reading + computing, 1)
-    return jnp.clip(jnp.round(share * blocks), keys > 0, blocks - 1).astype(jnp.int32).reshape(1)
-
-
 def _scratch(
     decode: mosaic_decode.Shape, prefill: mosaic_prefill.Shape, tiling: mosaic_prefill.Tiling, dtype: Any
 ) -> dict[str, Any]:
@@ -149,7 +127,8 @@ def _scratch(
         mosaic_prefill.scratch_types(prefill, tiling, dtype),
     )
     arrays, barriers = zip(*(_by_kind(each) for each in both), strict=True)
-    return {"memory": plgpu.RefUnion(*arrays), "barriers": barriers}
+    between = plgpu.Barrier(num_arrivals=_COPIES + 1)
+    return {"memory": plgpu.RefUnion(*arrays), "barriers": barriers, "between": between}
 
 
 def _by_kind(scratch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -158,46 +137,58 @@ def _by_kind(scratch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _mixed(
-    q_ref, q_tiles, k_ref, v_ref, tiles, gaps, counts, requests, streams, many_ref, layer_ref, order, *refs,
+    q_ref, q_tiles, k_ref, v_ref, tiles, gaps, counts, requests, streams, layer_ref, order, *refs,
     decode: mosaic_decode.Shape, prefill: mosaic_prefill.Shape, tiling: mosaic_prefill.Tiling, has_sinks: bool, memory,
-    barriers,
+    barriers, between,
 ):  # fmt: skip
-    """One block. Arguments are those of the two kernels, and of how many blocks decode: those with low numbers."""
+    """One block. Arguments are those of the two kernels."""
     *sinks, out_ref, order_out, parts_ref, lse_ref = refs
-    warpgroup, block, many = lax.axis_index("warpgroup"), lax.axis_index("block"), many_ref[0]
+    warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
     own, others = (arrays | each for arrays, each in zip(memory, barriers, strict=True))
     layer = layer_ref[0] * prefill.layer_stride
     reading = mosaic_decode.Work(requests, streams, block, jnp.int32(0), decode)
-    computing = mosaic_prefill.Work(
-        tiles, counts[0] * prefill.num_q_heads, block - many, prefill.tiling.blocks - many, prefill
-    )
+    computing = mosaic_prefill.Work(tiles, counts[0] * prefill.num_q_heads, block, prefill.tiling.blocks, prefill)
+
+    def in_both_orders(decodes: Callable[[], None], prefills: Callable[[], None]) -> None:
+        def job(number, _):
+            @pl.when(number > 0)
+            def _():
+                # The second one uses the shared memory of the first one.
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(between)
+                plgpu.barrier_wait(between)
+
+            is_decode = lax.rem(block, 2) == number
+            pl.when(is_decode)(decodes)
+            pl.when(jnp.logical_not(is_decode))(prefills)
+
+        lax.fori_loop(0, 2, job, None)
 
     @pl.when(warpgroup == _COPIES)
     def _():
         plgpu.set_max_registers(tiling.registers[0], action="decrease")
+        mosaic_prefill.pass_on(order, order_out, block)
 
-        @pl.when(block < many)
-        def _():
-            mosaic_decode.copy(reading, layer, k_ref, v_ref, None, **own)
-
-        @pl.when(block >= many)
-        def _():
-            mosaic_prefill.pass_on(order, order_out, block - many)
+        def prefills():
             fill = functools.partial(mosaic_prefill.fill_gaps, computing, gaps, counts[1], out_ref, others["zero_smem"])
             copied = mosaic_prefill.copy(computing, layer, q_ref, k_ref, v_ref, fill, **others)
             mosaic_prefill.drain(computing, copied, **others)
+
+        in_both_orders(lambda: mosaic_decode.copy(reading, layer, k_ref, v_ref, None, **own), prefills)
 
     @pl.when(warpgroup < _COPIES)
     def _():
         plgpu.set_max_registers(tiling.registers[1], action="increase")
 
-        @pl.when((block < many) & (warpgroup == 0))
-        def _():
-            mosaic_decode.multiply(
-                reading, mosaic_decode.Wgmma, q_tiles, None, None, 0, out_ref, parts_ref, lse_ref, **own
-            )
+        def decodes():
+            @pl.when(warpgroup == 0)
+            def _():
+                mosaic_decode.multiply(
+                    reading, mosaic_decode.Wgmma, q_tiles, None, None, 0, out_ref, parts_ref, lse_ref, **own
+                )
 
-        @pl.when(block >= many)
-        def _():
+        def prefills():
             sink = sinks[0] if has_sinks else None
             mosaic_prefill.multiply(computing, tiling, warpgroup, sink, out_ref, **others)
+
+        in_both_orders(decodes, prefills)
