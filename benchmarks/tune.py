@@ -17,10 +17,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from benchmarks import _attention, _machine, decode, mixed, prefill
+from benchmarks import _attention, _machine, decode, prefill
 from benchmarks._attention import Outcome, Sizes
 from benchmarks._report import Column, Report, Table
-from jax_vattention.attention import mosaic_decode, mosaic_mixed, mosaic_prefill, tilings
+from jax_vattention.attention import mosaic_decode, mosaic_prefill, tilings
 
 FILE = Path(tilings.__file__).with_suffix(".json")
 _LEAST_GAIN = 0.01
@@ -61,15 +61,8 @@ KERNELS = {
         (64, 128),
         ("bfloat16",),
     ),
-    "mosaic_mixed": Kernel(
-        mosaic_mixed,
-        {"flops_per_byte": (40.0, 60.0, 80.0, 100.0, 130.0, 170.0, 220.0)},
-        ("2048 at 0, 64x4096", "2048 at 30720, 64x4096", "512 at 4096, 64x4096"),
-        (64, 128),
-        ("bfloat16",),
-    ),
 }
-_WORKS = {work.name: work for module in (decode, prefill, mixed) for work in module.works("llama-3-8b")}
+_WORKS = {work.name: work for module in (decode, prefill) for work in module.works("llama-3-8b")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

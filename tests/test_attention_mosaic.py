@@ -218,10 +218,8 @@ MIXED = [
 
 
 def check_mixed(requests, **options):
-    def run(*arguments, tiling, interpret, **also):
-        own = mosaic_mixed.Tiling(blocks=tiling.blocks)
-        also |= {"interpret": interpret, "interpret_tables": bool(interpret)}
-        return mosaic_mixed.run(*arguments, tiling=own, prefill_tiling=tiling, **also)
+    def run(*arguments, interpret, **also):
+        return mosaic_mixed.run(*arguments, interpret=interpret, interpret_tables=bool(interpret), **also)
 
     prefill_cases.check(types.SimpleNamespace(run=run, Tiling=mosaic_prefill.Tiling), requests, **options)
 

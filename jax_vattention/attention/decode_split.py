@@ -43,7 +43,7 @@ _THEN = 4
 # Columns of `Split.requests`.
 TOKEN, ROW, QUERIES, LENGTH, LOWER, PREFIX, OUT = range(7)
 # Columns of `Split.streams`; from `FIRST_REQUEST` on those of `Split.requests`.
-FIRST_PAIR, FIRST_KEY, NUM_UNITS, NUM_PAIRS, ALL_UNITS, _ACTIVE, FIRST_REQUEST = range(7)
+FIRST_PAIR, FIRST_KEY, NUM_UNITS, NUM_PAIRS, ALL_UNITS, FIRST_REQUEST = range(6)
 # Columns of `Split.owners`.
 _REQUEST, _QUERY, _START, _UNITS = range(4)
 
@@ -59,8 +59,8 @@ class Split:
     """int32 `[requests, 8]`: first query token, row of token 0 in the view, queries, keys (0 without queries), the
     first key that its first query sees, the length of its bidirectional prefix, and the first row of its result."""
     streams: jax.Array
-    """int32 `[streams, 16]`: first pair, first key of it, units, pairs, the units of all requests of one set, how many
-    of the streams take part, and what `requests` says of the first pair's: to begin, a stream reads one row."""
+    """int32 `[streams, 16]`: first pair, first key of it, units, pairs, the units of all requests of one set, and what
+    `requests` says of the first pair's: to begin, a stream reads one row."""
     owners: jax.Array
     """int32 `[tokens, 4]`: the request whose query a token is, or -1; which of its queries; units of one set before
     that request; and its own units."""
@@ -79,7 +79,6 @@ def split(
     tokens: int,
     sets: int,
     streams: int,
-    active: jax.Array | None = None,
     out_rows: jax.Array | None = None,
     interpret: bool,
 ) -> Split:
@@ -88,8 +87,7 @@ def split(
     Args:
       tokens: of the query array.
       sets: of KV heads.
-      streams: at most.
-      active: int32 `[1]`: only the first so many of them.
+      streams: how many.
       out_rows: int32 `[requests]`: where the result of each request begins; where its queries do, unless said.
     """
     slot_tokens = view.k.shape[1]
@@ -107,12 +105,12 @@ def split(
         compiler_params=triton.CompilerParams(num_warps=4),
         interpret=interpret,
         name="attention_decode_schedule",
-    )(slots, batch.q_starts, batch.q_lens, batch.kv_lens, mapped_first, features.prefix_lens, active, out_rows)
+    )(slots, batch.q_starts, batch.q_lens, batch.kv_lens, mapped_first, features.prefix_lens, out_rows)
     return Split(requests, table, owners)
 
 
 def _schedule_kernel(
-    slots, q_starts, q_lens, kv_lens, mapped_first, prefix_lens, active, out_rows, requests, streams, owners, *,
+    slots, q_starts, q_lens, kv_lens, mapped_first, prefix_lens, out_rows, requests, streams, owners, *,
     chunk: int, sets: int, slot_tokens: int, window: int | None,
 ):  # fmt: skip
     """Each program makes `chunk` rows of the tables. Fused by XLA the same takes about twenty launches."""
@@ -147,10 +145,8 @@ def _schedule_kernel(
         """Of each line the sum of the `values` of the requests that `which` `[chunk, requests]` holds."""
         return jnp.sum(jnp.where(which, values[None, :], 0), axis=1)
 
-    taking_part = streams.shape[0] if active is None else active[0]
-    each, more = _shares(total, sets, taking_part)
+    each, more = _shares(total, sets, streams.shape[0])
     low, own = line * each + jnp.minimum(line, more), each + (line < more).astype(jnp.int32)
-    own = jnp.where(line < taking_part, own, 0)
 
     def pair_of(unit):
         """The pair of a unit, and which key is its first."""
@@ -163,10 +159,10 @@ def _schedule_kernel(
 
     (first, key), (last, _) = pair_of(low), pair_of(low + own - 1)
     pairs = jnp.where(own > 0, last - first + 1, 0)
-    same = (jnp.broadcast_to(each, line.shape) for each in (total, taking_part))
+    all_units = jnp.broadcast_to(total, line.shape)
     first_request = rows[None, :] == (first % count)[:, None]
     of_first = (picked(first_request, values) for values in of_requests)
-    for column, values in enumerate((first, key, own, pairs, *same, *of_first)):
+    for column, values in enumerate((first, key, own, pairs, all_units, *of_first)):
         triton.store(streams.at[line, column], values, mask=line < streams.shape[0])
 
     owned = (line[:, None] >= starts[None, :]) & (line[:, None] < (starts + queries)[None, :]) & there[None, :]
@@ -178,7 +174,7 @@ def _schedule_kernel(
         triton.store(owners.at[line, column], values, mask=line < owners.shape[0])
 
 
-def _shares(total: jax.Array, sets: int, streams: Any) -> tuple[jax.Array, jax.Array]:
+def _shares(total: jax.Array, sets: int, streams: int) -> tuple[jax.Array, jax.Array]:
     """Units of each stream, and how many of the first streams take one more."""
     return total * sets // streams, total * sets % streams
 
@@ -257,7 +253,7 @@ def _join_kernel(
     request, query, start, units = (owners[token, column] for column in range(4))
     number = head // (heads // sets)
     unit = number * total + start
-    shares = _shares(total, sets, streams[0, _ACTIVE])
+    shares = _shares(total, sets, streams.shape[0])
     from_stream, to_stream = _stream_of(unit, *shares), _stream_of(unit + units - 1, *shares)
     first = number * requests.shape[0] + request + from_stream
     end = jnp.where(units > 0, first + to_stream - from_stream + 1, first)

@@ -21,22 +21,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention import decode_split, mosaic_decode, mosaic_prefill
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_view import BLOCKS, Columns
+from jax_vattention.attention.mosaic_view import Columns
 from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
 _COPIES = 2
 """The warpgroup that copies; those before it multiply, of which decoding uses the first."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """What may be tuned, beside the tiling of the prefill."""
-
-    stages: int = 4
-    """Of decoding: half of the blocks, which is what may decode at a time, then have enough on its way to them."""
-    blocks: int = BLOCKS
 
 
 def run(
@@ -47,24 +38,20 @@ def run(
     features: Features,
     *,
     scale: float,
-    tiling: Tiling | None = None,
-    prefill_tiling: mosaic_prefill.Tiling | None = None,
+    tiling: mosaic_prefill.Tiling | None = None,
     interpret: Any = False,
     interpret_tables: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`. Requests of one query are decodes."""
     head_dim, dtype = q.shape[2], view.k.dtype
-    tiling = tiling or tuned(Tiling(), "mosaic_mixed", head_dim, dtype)
-    prefill_tiling = prefill_tiling or tuned(mosaic_prefill.Tiling(), "mosaic_prefill", head_dim, dtype)
-    prefill_tiling = dataclasses.replace(prefill_tiling, blocks=tiling.blocks)
-    decode_tiling = mosaic_decode.Tiling(stages=tiling.stages, blocks=tiling.blocks)
-
+    tiling = tiling or tuned(mosaic_prefill.Tiling(), "mosaic_prefill", head_dim, dtype)
+    decode_tiling = mosaic_decode.Tiling(blocks=tiling.blocks)
     decodes, first, chunks = parted(q, batch)
     one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
     decode = mosaic_decode.Shape.of(
         q, view, decodes, one, scale=scale, tiling=decode_tiling, products=mosaic_decode.Wgmma, interpret=interpret
     )
-    prefill = mosaic_prefill.shape_of(q, view, features, scale=scale, tiling=prefill_tiling, interpret=interpret)
+    prefill = mosaic_prefill.shape_of(q, view, features, scale=scale, tiling=tiling, interpret=interpret)
     schedule = mosaic_prefill.schedule(
         chunks, view, features, prefill, q.shape[0], view.k.shape[1], others=decodes.q_lens
     )
@@ -75,9 +62,9 @@ def run(
     sinks = () if features.sinks is None else (features.sinks,)
     columns = Columns.of(view)
     out, order, parts, lse = plgpu.kernel(
-        functools.partial(_mixed, decode=decode, prefill=prefill, tiling=prefill_tiling, has_sinks=bool(sinks)),
+        functools.partial(_mixed, decode=decode, prefill=prefill, tiling=tiling, has_sinks=bool(sinks)),
         out_type=(*mosaic_prefill.results(prefill, q, order), *decode.parts(decodes)),
-        scratch_types=_scratch(decode, prefill, prefill_tiling, dtype),
+        scratch_types=_scratch(decode, prefill, tiling, dtype),
         grid=(tiling.blocks,),
         grid_names=("block",),
         num_threads=_COPIES + 1,
@@ -150,7 +137,7 @@ def _mixed(
     computing = mosaic_prefill.Work(tiles, counts[0] * prefill.num_q_heads, block, prefill.tiling.blocks, prefill)
 
     def in_both_orders(decodes: Callable[[], None], prefills: Callable[[], None]) -> None:
-        def job(number, _):
+        def job(number, nothing):
             @pl.when(number > 0)
             def _():
                 # The second one uses the shared memory of the first one.
@@ -161,6 +148,7 @@ def _mixed(
             is_decode = lax.rem(block, 2) == number
             pl.when(is_decode)(decodes)
             pl.when(jnp.logical_not(is_decode))(prefills)
+            return nothing
 
         lax.fori_loop(0, 2, job, None)
 

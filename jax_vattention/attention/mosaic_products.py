@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, memref, scf, vector
+from jax._src.lib.mlir.dialects import arith, llvm, memref, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
@@ -213,8 +213,7 @@ def report_overflow(totals, sums, low, high, limit: float, flag, *, interpreted:
             value = functools.reduce(lambda found, each: arith.addf(found, arith.mulf(each, zero)), elements, total)
             bad = arith.cmpf(arith.CmpFPredicate.UGE, value, mgpu.c(limit, f32))
             bad = arith.andi(bad, arith.cmpi(arith.CmpIPredicate.ne, mine, mgpu.c(0, i32)))
-            with ir.InsertionPoint(scf.IfOp(bad).then_block):
+            with mgpu.when(bad):
                 memref.store(mgpu.c(1, i32), flag, [])
-                scf.yield_([])
 
     report(totals, sums, own, flag)
