@@ -183,6 +183,7 @@ LARGE = [
     ([(100, 300), (1, 90)], {"large": (60, 2**5, 1)}),  # scores grow by about 60: the first attempt finds them
     ([(100, 300), (1, 90)], {"large": (60, 2**12, 1)}),  # by some thousands: weights overflow
     ([(100, 300)], {"large": (60, 2**12, 1), "dtype": "float16"}),
+    ([(100, 300)], {"large": (60, 2**3, 1), "sinks": True}),
     ([(100, 300)], {"large": (60, 2**5, 2.0**90)}),  # sums with V overflow
     ([(129, 300)], {"large": (200, 2**12, 1), "window": 150, "soft_cap": 500.0}),
     ([(65, 192), (60, 188)], {}),  # a row sees all of a tile and no key behind it

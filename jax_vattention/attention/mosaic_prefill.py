@@ -742,11 +742,11 @@ def multiply(
 
         acc = pl.run_scoped(finish, plgpu.ACC((ROWS, head_dim), jnp.float32))
         plgpu.barrier_arrive(v_free.at[stage])
-        total = state.total.sum(axis=1)
+        sink = None if sinks is None else sinks[head]
+        total = denominator(state.maximum, state.total.sum(axis=1), sink, shape)
         if not careful:
             low, high = (jnp.clip(row - warpgroup * ROWS, 0, ROWS) for row in (tile.low, tile.high))
             report_overflow(total, acc, low, high, _LIMIT, failed, interpreted=interpreted)
-        total = denominator(state.maximum, total, None if sinks is None else sinks[head], shape)
         acc = acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])
         buffer = out_smem.at[own_rows] if tiling.own_out else q
         _store(acc.astype(dtype), buffer, out_ref, tile, head, warpgroup, shape)
