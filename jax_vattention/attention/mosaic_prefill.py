@@ -641,6 +641,7 @@ def multiply(
     dtype = k_smem.dtype
     row_layout = plgpu.Layout.WGMMA.reduce(1)
     own_rows = pl.ds(warpgroup * ROWS, ROWS)
+    hopeful = attempted is not None
     failed = tile_smem.at[tiling.q_stages, warpgroup]
     interpreted = shape.interpreted
     # The interpreter has no named barriers. Turns say when something is done, not what.
@@ -651,7 +652,7 @@ def multiply(
         def _():
             give_turn(0)
 
-    def item(i, count, *, careful: bool):
+    def item(i, count):
         head = work.item(i)[1]
         q_stage = lax.rem(i, tiling.q_stages)
         plgpu.barrier_wait(q_ready.at[q_stage])
@@ -707,7 +708,7 @@ def multiply(
                 scores, acc = settle(0, scores, acc, interpreted=interpreted)
             plgpu.barrier_arrive(k_free.at[k_stage])
             maximum, shrink = state.maximum, None
-            if masked or careful:
+            if masked or not hopeful:
                 weights, maximum, shrink, total = softmax(scores, maximum, state.total, key_of(t), masked=masked)
             else:
                 weights = _weights(*_scores(scores, shape), maximum)
@@ -725,6 +726,8 @@ def multiply(
 
         low, high = unmasked(tile, position, ROWS, shape, behind=1)
         full, below = jnp.maximum(tile.blocks - high, 1), jnp.maximum(tile.blocks - low, 1)
+        if hopeful:  # A second attempt masks all tiles, where that is not needed too: it has no loop of its own.
+            full = jnp.where(i < work.count, full, tile.blocks)
         state = steps(1, full, state, masked=True)
         state = steps(full, below, state, masked=False)
         if shape.window is not None:
@@ -744,7 +747,7 @@ def multiply(
         plgpu.barrier_arrive(v_free.at[stage])
         sink = None if sinks is None else sinks[head]
         total = denominator(state.maximum, state.total.sum(axis=1), sink, shape)
-        if not careful:
+        if hopeful:
             low, high = (jnp.clip(row - warpgroup * ROWS, 0, ROWS) for row in (tile.low, tile.high))
             report_overflow(total, acc, low, high, _LIMIT, failed, interpreted=interpreted)
         acc = acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])
@@ -755,20 +758,25 @@ def multiply(
             plgpu.barrier_arrive(q_free.at[q_stage])
         return count + tile.blocks
 
-    def attempt(begin, end, count, *, careful: bool):
-        return lax.fori_loop(begin, end, functools.partial(item, careful=careful), count)
+    def attempt(number, count):
+        """See `copy`."""
 
-    if attempted is None:
-        attempt(0, work.count, jnp.int32(0), careful=True)
-    else:
+        def verdict():
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(attempted)
+            plgpu.barrier_wait(attempted)
+            return _failed(tile_smem, tiling.q_stages)
+
+        wanted = lax.cond(number == 0, lambda: jnp.bool_(True), verdict)
+        begin = number * work.count
+        return lax.fori_loop(begin, begin + jnp.where(wanted, work.count, 0), item, count)
+
+    if hopeful:
         failed[...] = jnp.int32(0)
         plgpu.commit_smem()
-        count = attempt(0, work.count, jnp.int32(0), careful=False)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(attempted)
-        plgpu.barrier_wait(attempted)
-        again = jnp.where(_failed(tile_smem, tiling.q_stages), work.count, 0)
-        attempt(work.count, work.count + again, count, careful=True)
+        lax.fori_loop(0, 2, attempt, jnp.int32(0))
+    else:
+        lax.fori_loop(0, work.count, item, jnp.int32(0))
     if in_turns:
 
         @pl.when(warpgroup == 0)
