@@ -26,7 +26,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention import mosaic_prefill
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_prefill import Shape, Tile, Work
+from jax_vattention.attention.mosaic_prefill import Shape, Work
+from jax_vattention.attention.prefill_split import Tile
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 

@@ -79,6 +79,7 @@ def split(
     tokens: int,
     sets: int,
     streams: int,
+    query_rows: jax.Array | None = None,
     out_rows: jax.Array | None = None,
     interpret: bool,
 ) -> Split:
@@ -88,7 +89,8 @@ def split(
       tokens: of the query array.
       sets: of KV heads.
       streams: how many.
-      out_rows: int32 `[requests]`: where the result of each request begins; where its queries do, unless said.
+      query_rows, out_rows: int32 `[requests]`: where the queries and the result of each request begin, if that is not
+        its `q_starts`.
     """
     slot_tokens = view.k.shape[1]
     slots = jnp.clip(batch.slots, 0, view.mapped.shape[1] - 1)
@@ -105,12 +107,12 @@ def split(
         compiler_params=triton.CompilerParams(num_warps=4),
         interpret=interpret,
         name="attention_decode_schedule",
-    )(slots, batch.q_starts, batch.q_lens, batch.kv_lens, mapped_first, features.prefix_lens, out_rows)
+    )(slots, batch.q_starts, batch.q_lens, batch.kv_lens, mapped_first, features.prefix_lens, query_rows, out_rows)
     return Split(requests, table, owners)
 
 
 def _schedule_kernel(
-    slots, q_starts, q_lens, kv_lens, mapped_first, prefix_lens, out_rows, requests, streams, owners, *,
+    slots, q_starts, q_lens, kv_lens, mapped_first, prefix_lens, query_rows, out_rows, requests, streams, owners, *,
     chunk: int, sets: int, slot_tokens: int, window: int | None,
 ):  # fmt: skip
     """Each program makes `chunk` rows of the tables. Fused by XLA the same takes about twenty launches."""
@@ -133,8 +135,8 @@ def _schedule_kernel(
     total = jnp.sum(units)
 
     prefix = jnp.zeros_like(lengths) if prefix_lens is None else read(prefix_lens)
-    out = starts if out_rows is None else read(out_rows)
-    of_requests = (starts, read(slots) * slot_tokens, queries, lengths, lower, prefix, out)
+    token, out = (starts if each is None else read(each) for each in (query_rows, out_rows))
+    of_requests = (token, read(slots) * slot_tokens, queries, lengths, lower, prefix, out)
 
     @pl.when(pl.program_id(0) == 0)
     def _():

@@ -188,9 +188,14 @@ class Shape:
         """Row in a query tile of the first query head of a KV head, for a request's query of this number."""
         return lax.rem(head, self.sharing) * self.group + query * self.set_heads
 
+    @property
+    def reads_queries(self) -> bool:
+        """Whether `query_tiles` is the memory of the queries: requests have one query, and rows need no padding."""
+        return self.queries == 1 and (self.sharing > 1 or self.set_heads == self.rows)
+
     def query_tiles(self, q: jax.Array, batch: RaggedBatch) -> jax.Array:
-        """`[tiles, rows, head_dim]`: the same memory, if a request has one query and rows need no padding."""
-        if self.queries == 1 and (self.sharing > 1 or self.set_heads == self.rows):
+        """`[tiles, rows, head_dim]`."""
+        if self.reads_queries:
             return q.reshape(-1, self.rows, self.head_dim)
         if self.queries == 1:
             q = q.reshape(-1, self.set_heads, self.head_dim)

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention import decode_split, mosaic_decode, mosaic_prefill
+from jax_vattention.attention import decode_split, mosaic_decode, mosaic_prefill, prefill_split
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_view import Columns
 from jax_vattention.attention.tilings import tuned
@@ -52,12 +52,14 @@ def run(
         q, view, decodes, one, scale=scale, tiling=decode_tiling, products=mosaic_decode.Wgmma, interpret=interpret
     )
     prefill = mosaic_prefill.shape_of(q, view, features, scale=scale, tiling=tiling, interpret=interpret)
-    schedule = mosaic_prefill.schedule(
-        chunks, view, features, prefill, q.shape[0], view.k.shape[1], others=decodes.q_lens
+    schedule = prefill_split.schedule(
+        chunks, view, features, prefill.split_sizes(q.shape[0]), others=decodes.q_lens, interpret=interpret_tables
     )
+    # A row for each request is gathered only where it has to be padded anyway.
+    queries, query_rows = (q, first) if decode.reads_queries else (q[first], None)
     split = decode_split.split(
         decodes, view, one, tokens=batch.num_requests, sets=decode.sets, streams=tiling.blocks,
-        out_rows=first, interpret=interpret_tables,
+        query_rows=query_rows, out_rows=first, interpret=interpret_tables,
     )  # fmt: skip
     sinks = () if features.sinks is None else (features.sinks,)
     columns = Columns.of(view)
@@ -74,7 +76,7 @@ def run(
         kernel_name="attention_mixed",
     )(
         mosaic_prefill.padded(q, prefill),
-        decode.query_tiles(q[first], decodes),
+        decode.query_tiles(queries, decodes),
         columns.k,
         columns.v,
         *schedule,

@@ -46,6 +46,7 @@ from jax_vattention.attention.mosaic_products import (
     wait_turn,
 )
 from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns, store_rows, swizzled
+from jax_vattention.attention.prefill_split import FIELDS, Sizes, Tile, schedule
 from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
@@ -55,8 +56,6 @@ _CONSUMERS = 2
 """Warpgroups of a block that multiply."""
 _BLOCK_Q = ROWS * _CONSUMERS
 """Queries of a tile."""
-_FIELDS = 32
-"""int32 of a row of the schedule: copies take a multiple of 128 bytes."""
 NOTHING = -1e30
 """Maximum of no scores. Finite: a row that sees nothing of a tile then needs no care."""
 _LIMIT = 2.0**100
@@ -153,6 +152,10 @@ class Shape:
             v_column=columns.v_column,
         )
 
+    def split_sizes(self, tokens: int) -> Sizes:
+        """Those of the schedule for so many tokens."""
+        return Sizes(tokens, self.tokens, self.block_q, self.tiling.block_k)
+
     @property
     def zero_heads(self) -> int:
         """Heads of a padding token that one copy fills with zeros."""
@@ -213,7 +216,7 @@ def launch(
     """Runs a kernel that takes what `_prefill` does; returns `(out, order)`."""
     tokens = q.shape[0]
     columns = Columns.of(view)
-    tables = schedule(batch, view, features, shape, tokens, view.k.shape[1])
+    tables = schedule(batch, view, features, shape.split_sizes(tokens), interpret=bool(interpret))
     out, order = plgpu.kernel(
         kernel,
         out_type=results(shape, q, order),
@@ -248,114 +251,6 @@ def padded(q: jax.Array, shape: Shape) -> jax.Array:
     return jnp.pad(q, ((0, shape.tokens - q.shape[0]), (0, 0), (0, 0)))
 
 
-# Schedule
-
-
-class Schedule(NamedTuple):
-    """Who does what. It depends on no layer: XLA computes it once in a program."""
-
-    tiles: jax.Array
-    """int32 `[tiles, _FIELDS]`: tiles of queries, those that see most keys first; a row is a `Tile`."""
-    gaps: jax.Array
-    """int32 `[requests + 1, 2]`: first padding token and number of them, for each gap between requests."""
-    counts: jax.Array
-    """int32 `[2]`: rows of `tiles` and of `gaps` that are used."""
-
-
-class Tile(NamedTuple):
-    """Of one tile of queries. The first `Shape.block_q` tokens from `token` on are its rows."""
-
-    token: Any
-    low: Any
-    """The first row that belongs to the request."""
-    high: Any
-    """One past the last."""
-    position: Any
-    """Of the query in row 0; less than 0 if that is none of the request."""
-    prefix: Any
-    """All rows see the keys before it."""
-    begin: Any
-    """The first key that is read: that of a box."""
-    blocks: Any
-    """Tiles of keys from there on; at least 1."""
-    row: Any
-    """Of the request's token 0 in the view."""
-    kv_len: Any
-
-
-def schedule(
-    batch: RaggedBatch,
-    view: LayerView,
-    features: Features,
-    shape: Shape,
-    tokens: int,
-    slot_tokens: int,
-    others: jax.Array | None = None,
-) -> Schedule:
-    """Tiles of queries of all requests, and what lies between these.
-
-    Args:
-      others: int32 `[requests]`: queries of each request that are not in `batch`, and whose results others write.
-    """
-    block_q = shape.block_q
-    slots = jnp.clip(batch.slots, 0, view.mapped.shape[1] - 1)
-    # Boxes begin with a multiple of their size: one that begins before the first mapped token is not read.
-    firsts = jnp.zeros_like(slots) if view.window is None else _up(view.mapped[0, slots])
-    q_lens = jnp.where(batch.kv_lens > firsts, batch.q_lens, 0)
-    starts, stops = batch.q_starts, batch.q_starts + q_lens
-    # Tiles begin with a multiple of a box too.
-    counts = jnp.where(q_lens > 0, (starts % BOX + q_lens + block_q - 1) // block_q, 0)
-    ends = jnp.cumsum(counts)
-    most = (tokens + (block_q + BOX - 2) * batch.num_requests) // block_q
-    tile = jnp.arange(most, dtype=jnp.int32)
-    r = jnp.searchsorted(ends, tile, side="right", method="compare_all").astype(jnp.int32)
-    r = jnp.minimum(r, batch.num_requests - 1)
-    begin_token = starts[r] // BOX * BOX + (tile - ends[r] + counts[r]) * block_q
-    token = jnp.clip(begin_token, 0, shape.tokens - block_q)
-    low = jnp.maximum(begin_token, starts[r]) - token
-    high = jnp.minimum(begin_token + block_q, stops[r]) - token
-    kv_len = batch.kv_lens[r]
-    position = kv_len - batch.q_lens[r] + token - starts[r]
-    prefix = jnp.zeros_like(r) if features.prefix_lens is None else features.prefix_lens[r]
-    begin = jnp.zeros_like(r)
-    if view.window is not None:
-        begin = jnp.maximum(jnp.maximum(position + low - view.window + 1, 0) // BOX * BOX, firsts[r])
-    end = jnp.clip(jnp.maximum(position + high, prefix), begin + 1, kv_len)
-    used = tile < ends[-1]
-    blocks = jnp.where(used, (end - begin + shape.tiling.block_k - 1) // shape.tiling.block_k, 0)
-    rows = jnp.stack(Tile(token, low, high, position, prefix, begin, blocks, slots[r] * slot_tokens, kv_len), axis=1)
-    rows = jnp.pad(rows, ((0, 0), (0, _FIELDS - rows.shape[1])))
-    tiles = rows[_longest_first(blocks)]
-    gaps, num_gaps = _gaps(starts, stops if others is None else stops + others, tokens)
-    return Schedule(tiles.astype(jnp.int32), gaps, jnp.stack([ends[-1], num_gaps]).astype(jnp.int32))
-
-
-def _up(tokens: jax.Array) -> jax.Array:
-    return (tokens + BOX - 1) // BOX * BOX
-
-
-def _longest_first(lengths: jax.Array) -> jax.Array:
-    """Indices that sort, as comparisons of all with all: one fusion instead of the launches of a sort."""
-    index = jnp.arange(lengths.size, dtype=jnp.int32)
-    before = (lengths[None, :] > lengths[:, None]) | (
-        (lengths[None, :] == lengths[:, None]) & (index[None, :] < index[:, None])
-    )
-    rank = before.sum(axis=1)
-    return jnp.where(rank[None, :] == index[:, None], index[None, :], 0).sum(axis=1)
-
-
-def _gaps(starts: jax.Array, stops: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
-    """Padding tokens: `(gaps, how many are not empty)`, those first."""
-    from_token = lax.cummax(jnp.concatenate([jnp.zeros(1, jnp.int32), stops]))
-    sizes = jnp.maximum(jnp.concatenate([starts, jnp.full(1, tokens, jnp.int32)]) - from_token, 0)
-    filled = sizes > 0
-    order = _longest_first(filled.astype(jnp.int32))
-    return jnp.stack([from_token, sizes], axis=1)[order], filled.sum()
-
-
-# Kernel
-
-
 def buffers(shape: Shape, dtype: Any) -> dict[str, Any]:
     """Shared memory of a block that `copy` and `fill_gaps` use, and what says that something is there."""
     tiling = shape.tiling
@@ -364,7 +259,7 @@ def buffers(shape: Shape, dtype: Any) -> dict[str, Any]:
         "k_smem": swizzled((tiling.stages, tiling.block_k, shape.head_dim), dtype),
         "v_smem": swizzled((tiling.stages, tiling.block_k, shape.head_dim), dtype),
         # And a row of what failed, by warpgroup: each array takes a multiple of 1 KiB.
-        "tile_smem": plgpu.SMEM((tiling.q_stages + 1, _FIELDS), jnp.int32),
+        "tile_smem": plgpu.SMEM((tiling.q_stages + 1, FIELDS), jnp.int32),
         "zero_smem": plgpu.SMEM((shape.zero_heads, shape.head_dim), dtype),
         "q_ready": plgpu.Barrier(num_arrivals=2, num_barriers=tiling.q_stages),
         "k_ready": plgpu.Barrier(num_barriers=tiling.stages),

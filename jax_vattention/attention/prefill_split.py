@@ -1,0 +1,209 @@
+"""How prefill attention is split into tiles of queries, and in which order these are dealt out.
+
+The row of all tokens of a batch is cut into tiles, request by request; those that see most keys come first. Between
+requests are padding tokens, whose results are zeros: `Schedule.gaps`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from jax_vattention.attention.features import Features
+from jax_vattention.batch import RaggedBatch
+from jax_vattention.cache import LayerView
+from jax_vattention.spec import KV_TAIL_TOKENS
+
+FIELDS = 32
+"""int32 of a row of `Schedule.tiles`: copies take a multiple of 128 bytes."""
+_BOX = KV_TAIL_TOKENS
+_ELEMENTS = 4096
+"""Comparisons that a program makes at once."""
+
+
+class Schedule(NamedTuple):
+    """Who does what. It depends on no layer: XLA computes it once in a program."""
+
+    tiles: jax.Array
+    """int32 `[tiles, FIELDS]`: tiles of queries, those that see most keys first; a row begins with a `Tile`."""
+    gaps: jax.Array
+    """int32 `[requests + 1, 2]`: first padding token and number of them, for each gap between requests."""
+    counts: jax.Array
+    """int32 `[2]`: rows of `tiles` and of `gaps` that are used."""
+
+
+class Tile(NamedTuple):
+    """Of one tile of queries. The first `block_q` tokens from `token` on are its rows."""
+
+    token: Any
+    low: Any
+    """The first row that belongs to the request."""
+    high: Any
+    """One past the last."""
+    position: Any
+    """Of the query in row 0; less than 0 if that is none of the request."""
+    prefix: Any
+    """All rows see the keys before it."""
+    begin: Any
+    """The first key that is read: that of a box."""
+    blocks: Any
+    """Tiles of keys from there on; at least 1."""
+    row: Any
+    """Of the request's token 0 in the view."""
+    kv_len: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What does not depend on the requests."""
+
+    tokens: int
+    """Of the query array."""
+    padded_tokens: int
+    """Of the array that tiles lie in."""
+    block_q: int
+    """Queries of a tile."""
+    block_k: int
+    """Keys of a tile."""
+
+    def most_tiles(self, requests: int) -> int:
+        """Of queries of so many requests."""
+        return (self.tokens + (self.block_q + _BOX - 2) * requests) // self.block_q
+
+
+def schedule(
+    batch: RaggedBatch,
+    view: LayerView,
+    features: Features,
+    sizes: Sizes,
+    *,
+    others: jax.Array | None = None,
+    interpret: bool = False,
+) -> Schedule:
+    """Tiles of queries of all requests, and what lies between these. One launch: by XLA it were about a dozen.
+
+    Args:
+      others: int32 `[requests]`: queries of each request that are not in `batch`, and whose results others write.
+    """
+    requests, most = batch.num_requests, sizes.most_tiles(batch.num_requests)
+    lines = max(most, requests + 1)
+    searched = pl.next_power_of_2(requests)
+    at_once = min(pl.next_power_of_2(lines), max(8, min(512, _ELEMENTS // searched)))
+    chunk = max(8, _ELEMENTS // max(at_once, searched))
+    kernel = functools.partial(
+        _schedule_kernel, sizes=sizes, slot_tokens=view.k.shape[1], window=view.window, chunk=chunk, at_once=at_once
+    )
+    return Schedule(
+        *pl.pallas_call(
+            kernel,
+            out_shape=[
+                jax.ShapeDtypeStruct((most, FIELDS), jnp.int32),
+                jax.ShapeDtypeStruct((requests + 1, 2), jnp.int32),
+                jax.ShapeDtypeStruct((2,), jnp.int32),
+            ],
+            grid=(pl.cdiv(lines, chunk),),
+            compiler_params=triton.CompilerParams(num_warps=4),
+            interpret=interpret,
+            name="attention_prefill_schedule",
+        )(batch.slots, batch.q_starts, batch.q_lens, batch.kv_lens, view.mapped, features.prefix_lens, others)
+    )
+
+
+def _schedule_kernel(
+    slots, q_starts, q_lens, kv_lens, mapped, prefix_lens, others, tiles, gaps, counts, *,
+    sizes: Sizes, slot_tokens: int, window: int | None, chunk: int, at_once: int,
+):  # fmt: skip
+    """Each program finds the places of `chunk` rows of each table, and writes them."""
+    count, block_q = slots.shape[0], sizes.block_q
+    rows = jnp.arange(pl.next_power_of_2(count), dtype=jnp.int32)
+    there = rows < count
+    line = pl.program_id(0) * chunk + jnp.arange(chunk, dtype=jnp.int32)
+
+    def read(ref, at=rows, mask=there):
+        return triton.load(ref.at[at], mask=mask, other=0)
+
+    def first_key(slot):
+        """That may be read. Boxes begin with a multiple of their size: one that begins before it is not read."""
+        if window is None:
+            return jnp.zeros_like(slot)
+        return (triton.load(mapped.at[0, slot]) + _BOX - 1) // _BOX * _BOX
+
+    def slot_of(slot):
+        return jnp.clip(slot, 0, mapped.shape[1] - 1)
+
+    starts = read(q_starts)
+    queries = jnp.where(read(kv_lens) > first_key(slot_of(read(slots))), read(q_lens), 0)
+    # Tiles begin with a multiple of a box too.
+    tiles_of = jnp.where(queries > 0, (starts % _BOX + queries + block_q - 1) // block_q, 0)
+    ends = jnp.cumsum(tiles_of)
+    total = jnp.sum(tiles_of)
+    stops = starts + queries + (0 if others is None else read(others))
+
+    def tile_of(number) -> Tile:
+        before = ends[None, :] <= number[:, None]
+        r = jnp.minimum(jnp.sum(before.astype(jnp.int32), axis=1), count - 1)
+        index = number - jnp.sum(jnp.where(before, tiles_of[None, :], 0), axis=1)
+        start, q_len, kv_len, slot = (triton.load(each.at[r]) for each in (q_starts, q_lens, kv_lens, slots))
+        slot = slot_of(slot)
+        first = first_key(slot)
+        stop = start + jnp.where(kv_len > first, q_len, 0)
+        begin_token = start // _BOX * _BOX + index * block_q
+        token = jnp.clip(begin_token, 0, sizes.padded_tokens - block_q)
+        low = jnp.maximum(begin_token, start) - token
+        high = jnp.minimum(begin_token + block_q, stop) - token
+        position = kv_len - q_len + token - start
+        prefix = jnp.zeros_like(r) if prefix_lens is None else triton.load(prefix_lens.at[r])
+        begin = jnp.zeros_like(r)
+        if window is not None:
+            begin = jnp.maximum(jnp.maximum(position + low - window + 1, 0) // _BOX * _BOX, first)
+        end = jnp.minimum(jnp.maximum(jnp.maximum(position + high, prefix), begin + 1), kv_len)
+        blocks = jnp.where(number < total, (end - begin + sizes.block_k - 1) // sizes.block_k, 0)
+        return Tile(token, low, high, position, prefix, begin, blocks, slot * slot_tokens, kv_len)
+
+    def gap_of(number):
+        """Its first token, and how many it has."""
+        before = (rows[None, :] < number[:, None]) & there[None, :]
+        first = jnp.max(jnp.where(before, stops[None, :], 0), axis=1)
+        start = triton.load(q_starts.at[jnp.minimum(number, count - 1)])
+        return first, jnp.maximum(jnp.where(number < count, start, sizes.tokens) - first, 0)
+
+    tile = tile_of(line)
+    rank = _rank(line, tile.blocks, lambda number: tile_of(number).blocks, tiles.shape[0], at_once)
+    for column, values in enumerate(tile):
+        triton.store(tiles.at[rank, column], values, mask=line < tiles.shape[0])
+
+    def is_gap(number):
+        return (gap_of(number)[1] > 0).astype(jnp.int32)
+
+    rank = _rank(line, is_gap(line), is_gap, count + 1, at_once)
+    for column, values in enumerate(gap_of(line)):
+        triton.store(gaps.at[rank, column], values, mask=line <= count)
+
+    @pl.when(pl.program_id(0) == 0)
+    def _():
+        number = jnp.arange(2 * rows.size, dtype=jnp.int32)
+        num_gaps = jnp.sum(jnp.where(number <= count, is_gap(number), 0))
+        two = jnp.arange(2, dtype=jnp.int32)
+        triton.store(counts.at[two], jnp.where(two == 0, total, num_gaps))
+
+
+def _rank(line, value, value_of: Callable[[jax.Array], jax.Array], count: int, at_once: int) -> jax.Array:
+    """Of each `line`, of `value`, among lines `0 .. count - 1`: the largest comes first, of equals the first."""
+
+    def add(i, rank):
+        number = i * at_once + jnp.arange(at_once, dtype=jnp.int32)
+        other = jnp.where(number < count, value_of(number), -1)
+        before = (other[None, :] > value[:, None]) | (
+            (other[None, :] == value[:, None]) & (number[None, :] < line[:, None])
+        )
+        return rank + jnp.sum(before.astype(jnp.int32), axis=1)
+
+    return lax.fori_loop(0, pl.cdiv(count, at_once), add, jnp.zeros_like(line))
