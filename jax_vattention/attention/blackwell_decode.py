@@ -7,11 +7,11 @@ read from there into the same registers in which a Hopper GPU computes them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -70,7 +70,8 @@ class Tcgen05(mosaic_decode.Products):
     together may not be in both halves; both operands are swizzled alike.
     """
 
-    def __init__(self, local: jax.Array, *, weights_smem, scores_tmem, sums_tmem, multiplied) -> None:
+    def __init__(self, shape: Shape, local: jax.Array, *, weights_smem, scores_tmem, sums_tmem, multiplied) -> None:
+        del shape
         self._weights, self._multiplied = weights_smem.at[local], multiplied.at[local]
         self._scores = scores_tmem.at[local]
         self._sums = [sums_tmem.at[local, number] for number in range(sums_tmem.shape[1])]
@@ -98,15 +99,16 @@ class Tcgen05(mosaic_decode.Products):
         """As many as a thread has registers for beside those of all others."""
         return head_dim if head_dim <= 128 else math.gcd(head_dim, 128)
 
-    def scores(self, q, k) -> jax.Array:
+    def scores(self, q, k, meanwhile: Callable[[], None]) -> jax.Array:
         """See `Products`."""
         plgpu.tcgen05_mma(self._scores, q, k.transpose((1, 0)), self._multiplied, accumulate=False)
+        meanwhile()
         plgpu.barrier_wait(self._multiplied)
         scores = plgpu.async_load_tmem(self._scores, layout=plgpu.Layout.WGMMA)
         plgpu.wait_load_tmem()
         return scores
 
-    def add(self, acc: Parts, shrink: jax.Array, weights: jax.Array, v) -> Parts:
+    def add(self, acc: Parts, shrunk: Callable[[jax.Array], jax.Array], weights: jax.Array, v) -> Parts:
         """See `Products`."""
         self._weights[...] = weights
         plgpu.commit_smem()
@@ -114,7 +116,7 @@ class Tcgen05(mosaic_decode.Products):
             columns = pl.ds(number * part.shape[1], part.shape[1])
             plgpu.tcgen05_mma(self._sums[number], self._weights, v.at[:, columns], accumulate=False)
         plgpu.tcgen05_commit_arrive(self._multiplied)
-        acc = tuple(part * lax.broadcast_in_dim(shrink, part.shape, [0]) for part in acc)  # meanwhile
+        acc = tuple(shrunk(part) for part in acc)  # meanwhile
         plgpu.barrier_wait(self._multiplied)
         acc = tuple(
             part + plgpu.async_load_tmem(self._sums[number], layout=plgpu.Layout.WGMMA)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -27,7 +28,19 @@ from jax_vattention.attention import decode_split as tables
 from jax_vattention.attention import float8_queries
 from jax_vattention.attention.decode_split import GRAIN
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns, add_eights, store_rows, swizzled
+from jax_vattention.attention.mosaic_products import sums_of_columns
+from jax_vattention.attention.mosaic_view import (
+    BLOCKS,
+    BOX,
+    ROWS,
+    Columns,
+    add_eights,
+    repeat_eights,
+    second_eights_of,
+    store_rows,
+    swizzled,
+    zero_second_eights,
+)
 from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
@@ -234,7 +247,7 @@ class Shape:
 class Products(Protocol):
     """What the computing warpgroup of one stream multiplies with."""
 
-    def __init__(self, local: jax.Array, **memory: Any) -> None:
+    def __init__(self, shape: Shape, local: jax.Array, **memory: Any) -> None:
         """Of the stream with this number in its block, with the block's memory."""
 
     narrow: bool = False
@@ -248,11 +261,11 @@ class Products(Protocol):
     def width(head_dim: int) -> int:
         """Columns of each array in which the result is added up."""
 
-    def scores(self, q, k) -> jax.Array:
-        """`q @ k.T`, float32 `[ROWS, block_k]`; nothing reads `k` any more."""
+    def scores(self, q, k, meanwhile: Callable[[], None]) -> jax.Array:
+        """`q @ k.T`, float32 `[ROWS, block_k]`; nothing reads `k` any more. Calls `meanwhile` while it is computed."""
 
-    def add(self, acc: Parts, shrink: jax.Array, weights: jax.Array, v) -> Parts:
-        """`acc * shrink + weights @ v`, float32; nothing reads `v` any more."""
+    def add(self, acc: Parts, shrunk: Callable[[jax.Array], jax.Array], weights: jax.Array, v) -> Parts:
+        """`shrunk` of each of `acc`, plus `weights @ v`, float32; nothing reads `v` any more."""
 
 
 class Wgmma(Products):
@@ -260,8 +273,9 @@ class Wgmma(Products):
 
     narrow = True
 
-    def __init__(self, local: jax.Array) -> None:
+    def __init__(self, shape: Shape, local: jax.Array) -> None:
         del local
+        self._interpreted = shape.interpreted
 
     @staticmethod
     def scratch(shape: Shape, dtype: Any) -> dict[str, Any]:
@@ -274,28 +288,28 @@ class Wgmma(Products):
         """All."""
         return head_dim
 
-    def scores(self, q, k) -> jax.Array:
+    def scores(self, q, k, meanwhile: Callable[[], None]) -> jax.Array:
         """See `Products`."""
 
         def product(ref):
             plgpu.wgmma(ref, q, k.transpose((1, 0)))
+            meanwhile()
             return ref[...]
 
         return pl.run_scoped(product, plgpu.ACC((ROWS, k.shape[0]), jnp.float32))
 
-    def add(self, acc: Parts, shrink: jax.Array, weights: jax.Array, v) -> Parts:
+    def add(self, acc: Parts, shrunk: Callable[[jax.Array], jax.Array], weights: jax.Array, v) -> Parts:
         """See `Products`."""
 
-        def product(ref):
-            plgpu.wgmma(ref, weights, v)
-            return ref[...]
+        whole = shrunk(*acc)
 
-        [whole] = acc
-        whole *= lax.broadcast_in_dim(shrink, whole.shape, [0])
-        if (columns := whole.shape[1]) <= 128:
-            return (whole + pl.run_scoped(product, plgpu.ACC((ROWS, columns), jnp.float32)),)
-        # There are no registers for both. (The interpreter does not know this form.)
-        return (pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v))(plgpu.ACC.init(whole)),)
+        def product(ref):
+            if not self._interpreted:  # which has no accumulators that begin with a value
+                ref[...] = whole
+            plgpu.wgmma(ref, weights, v)
+            return ref[...] + whole if self._interpreted else ref[...]
+
+        return (pl.run_scoped(product, plgpu.ACC(whole.shape, jnp.float32)),)
 
 
 def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
@@ -655,7 +669,8 @@ def multiply(
 ):  # fmt: skip
     """The warpgroup that computes."""
     shape, local = work.shape, work.local
-    own, width = products(local, **memory), products.width(shape.head_dim)
+    own, width = products(shape, local, **memory), products.width(shape.head_dim)
+    sums = functools.partial(sums_of_columns, interpreted=shape.interpreted)
     tokens, stages = shape.tile_tokens, shape.tiling.stages
     rows = tuple(None if each is None else each.at[local] for each in (out_smem, part_smem))
 
@@ -696,6 +711,9 @@ def multiply(
 
         def tile(tile, state, *, masked: bool):
             count, maximum, total, acc = state
+            if shape.narrow:
+                # The second eights of rows hold nothing. What is the same as in the first ones is computed once.
+                maximum, total = (repeat_eights(each, interpreted=shape.interpreted) for each in (maximum, total))
             stage = lax.rem(count, stages)
             barrier = local * stages + stage
             k, v = (_rows(shape, each.at[local, stage]) for each in (k_smem, v_smem))
@@ -705,13 +723,16 @@ def multiply(
                 _widen(k, k_wide.at[local])
                 plgpu.barrier_arrive(k_free.at[barrier])
                 k = k_wide.at[local]
-            if v_wide is not None:
-                _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
-                _widen(v, v_wide.at[local], functools.partial(_inside, shape, piece, first) if masked else None)
-                plgpu.barrier_arrive(v_free.at[barrier])
-                v = v_wide.at[local]
 
-            qk = own.scores(q, k)
+            def meanwhile():
+                if v_wide is not None:
+                    _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
+                    _widen(v, v_wide.at[local], functools.partial(_inside, shape, piece, first) if masked else None)
+                    plgpu.barrier_arrive(v_free.at[barrier])
+
+            qk = own.scores(q, k, meanwhile)
+            if v_wide is not None:
+                v = v_wide.at[local]
             if k_wide is None:
                 plgpu.barrier_arrive(k_free.at[barrier])
             if shape.narrow:
@@ -729,13 +750,15 @@ def multiply(
                 base = jnp.where(new_maximum == -jnp.inf, jnp.zeros_like(new_maximum), new_maximum)
             shrink = jnp.exp2(maximum - base)
             weights = jnp.exp2(qk - lax.broadcast_in_dim(base, qk.shape, [0]))
-            total = total * shrink + weights.sum(axis=1)
+            total = total * lax.broadcast_in_dim(shrink, total.shape, [0]) + sums(weights)
+            if shape.narrow:
+                weights = zero_second_eights(weights, interpreted=shape.interpreted)
             weights = weights.astype(v.dtype)
             if v_wide is None:
                 _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
                 if masked:
                     _clear_unseen(shape, v, piece, first)
-            acc = own.add(acc, shrink, weights, v)
+            acc = own.add(acc, functools.partial(_shrunk, shape, shrink), weights, v)
             if v_wide is None:
                 plgpu.barrier_arrive(v_free.at[barrier])
             return count + 1, new_maximum, total, acc
@@ -744,7 +767,8 @@ def multiply(
         state = (
             count,
             plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), row),
-            plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row),
+            # Sums of every eighth column: a thread adds up its own, and with others in the end only.
+            plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), plgpu.Layout.WGMMA),
             tuple(
                 plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
                 for _ in range(0, shape.head_dim, width)
@@ -755,6 +779,7 @@ def multiply(
             state = lax.fori_loop(0, masked_before, functools.partial(tile, masked=True), state)
         state = lax.fori_loop(masked_before, plain_end, functools.partial(tile, masked=False), state)
         count, maximum, total, acc = lax.fori_loop(plain_end, tiles, functools.partial(tile, masked=True), state)
+        total = total.sum(axis=1)
 
         @pl.when(piece.first < piece.end)
         def _():
@@ -831,6 +856,12 @@ def _add_eights(shape: Shape, qk: jax.Array) -> jax.Array:
     eights = qk.reshape(-1, 2, BOX, qk.shape[1])
     whole = eights[:, :1] + eights[:, 1:] / float8_queries.LOST
     return jnp.concatenate([whole, whole], axis=1).reshape(qk.shape)
+
+
+def _shrunk(shape: Shape, shrink: jax.Array, acc: jax.Array) -> jax.Array:
+    """By a factor for each row that holds something."""
+    shrunk = _times(acc, shrink)
+    return second_eights_of(shrunk, acc, interpreted=shape.interpreted) if shape.narrow else shrunk
 
 
 def _own_head(shape: Shape) -> jax.Array:

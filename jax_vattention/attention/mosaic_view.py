@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -115,6 +116,54 @@ def add_eights(array: jax.Array, factor: float) -> jax.Array:
         return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
 
     return add(array)
+
+
+def repeat_eights(array: jax.Array, *, interpreted: bool) -> jax.Array:
+    """`array`, `[rows, ...]`, with each second eight of rows the same as the one before it."""
+    return _with_second_eights(array, lambda first, _: first, array, interpreted=interpreted)
+
+
+def zero_second_eights(array: jax.Array, *, interpreted: bool) -> jax.Array:
+    """`array`, `[rows, ...]`, with zeros in each second eight of rows."""
+
+    def zero(first, _):
+        if interpreted:
+            return jnp.zeros_like(first)
+        value = ir.FloatAttr.get(ir.VectorType(first.type).element_type, 0.0)
+        return arith.constant(first.type, ir.DenseElementsAttr.get_splat(first.type, value))
+
+    return _with_second_eights(array, zero, array, interpreted=interpreted)
+
+
+def second_eights_of(array: jax.Array, other: jax.Array, *, interpreted: bool) -> jax.Array:
+    """`array`, `[rows, ...]`, with each second eight of rows that of `other`."""
+    return _with_second_eights(array, lambda _, second: second, other, interpreted=interpreted)
+
+
+def _with_second_eights(
+    array: jax.Array, second: Callable[[Any, Any], Any], other: jax.Array, *, interpreted: bool
+) -> jax.Array:
+    """`array`, with `second` of each first eight of it and each second one of `other` in the latter's place.
+
+    In registers a thread has an upper row, in a first eight, and a lower one.
+    """
+    if interpreted:
+        upper, lower = (each.reshape(-1, 2, BOX, *each.shape[1:]) for each in (array, other))
+        return jnp.stack([upper[:, 0], second(upper[:, 0], lower[:, 1])], axis=1).reshape(array.shape)
+    layout = plgpu.Layout.WGMMA if array.ndim == 2 else plgpu.Layout.WGMMA.reduce(1)
+
+    @plgpu.inline_mgpu(arg_types=(layout, layout), return_type=plgpu.ShapeDtypeStruct(array.shape, array.dtype, layout))
+    def change(_, array, other):
+        registers = array.registers.copy()
+        if registers.size == 2:
+            registers.flat[1] = second(array.registers.flat[0], other.registers.flat[1])
+        else:
+            for at in np.ndindex(registers.shape):
+                if at[4]:
+                    registers[at] = second(registers[(*at[:4], 0, *at[5:])], other.registers[at])
+        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
+
+    return change(array, other)
 
 
 def refusal(q: jax.Array, view: LayerView) -> str | None:
