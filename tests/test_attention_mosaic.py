@@ -42,6 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
         ([60, 2, 25, 0], {"kv_heads": 8, "group": 2, "queries": [2, 1, 3, 0], "window": 30}),
         ([33, 17], {"kv_heads": 8, "queries": [2, 2], "prefix": [32, 0], "group": 3, "block_k": 128}),
         ([50, 0, 19], {"kv_heads": 8, "dtype": "float8_e4m3fn", "streams": 2}),
+        ([40, 9], {"kv_heads": 8, "group": 2, "queries": [2, 1], "dtype": "float8_e4m3fn", "sinks": True}),
         ([150, 0, 33], {"dtype": "float8_e4m3fn", "group": 12, "kv_heads": 1}),
         ([70, 150], {"dtype": "float8_e4m3fn", "group": 2, "queries": [3, 1], "head_dim": 128, "window": 60}),
         ([40, 17], {"kv_heads": 8, "paged": True}),
@@ -55,15 +56,17 @@ def test_in_the_interpreter(lengths, options):
     check_decode(mosaic_decode.run, lengths, tiling=mosaic_decode.Tiling(**sizes), **options)
 
 
-def test_queries_in_two_float8_parts_are_as_exact_as_bfloat16():
+@pytest.mark.parametrize("rows", [8, 24, 32])
+def test_queries_in_two_float8_parts_are_as_exact_as_bfloat16(rows):
     rng = np.random.default_rng(0)
-    tiles = rng.standard_normal((6, 8, 96)) * 10.0 ** np.array([-6, -1, 0, 2, 4, 0])[:, None, None]
+    tiles = rng.standard_normal((6, rows, 96)) * 10.0 ** np.array([-6, -1, 0, 2, 4, 0])[:, None, None]
     tiles[5] = 0
     tiles = jnp.asarray(tiles, jnp.bfloat16)
     parts, factors = float8_queries.split(tiles, interpret=True)
-    assert (parts.shape, parts.dtype, factors.shape) == ((6, 16, 96), jnp.float8_e4m3fn, (6,))
-    first, second = np.split(np.asarray(parts.astype(jnp.float32)), 2, axis=1)
-    whole = (first + second / float8_queries.LOST) * np.asarray(factors)[:, None, None]
+    assert (parts.shape, parts.dtype, factors.shape) == ((6, 2 * rows, 96), jnp.float8_e4m3fn, (6,))
+    eights = np.asarray(parts.astype(jnp.float32)).reshape(6, -1, 2, 8, 96)
+    whole = (eights[:, :, 0] + eights[:, :, 1] / float8_queries.LOST).reshape(tiles.shape)
+    whole *= np.asarray(factors)[:, None, None]
     expected = np.asarray(tiles.astype(jnp.float32))
     largest = np.abs(expected).max(axis=(1, 2), keepdims=True)
     assert (np.abs(whole - expected) <= np.abs(expected) * 2.0**-8 + largest * 2.0**-21).all()

@@ -198,6 +198,7 @@ def join(
     heads: int,
     sets: int,
     first_row: Any,
+    product_row: Any,
     whole_are_there: bool,
     fill: bool = True,
     interpret: bool,
@@ -210,6 +211,7 @@ def join(
         logarithm of their sums of exponentials. What stream `s` found for pair `p` is in segment `p + s`: from one
         piece of work to the next the pair, the stream or both are one higher.
       first_row: of a KV head and a query of a request, int32: which row has the first of its query heads.
+      product_row: of a row of `parts`: its place in `lse`.
       whole_are_there: `out` has the results of pairs that one stream read all of.
       fill: the rows that no request owns become 0.
 
@@ -231,6 +233,7 @@ def join(
             columns=columns,
             segments=segments,
             first_row=first_row,
+            product_row=product_row,
             whole_are_there=whole_are_there,
             fill=fill,
         ),
@@ -246,7 +249,7 @@ def join(
 
 def _join_kernel(
     _order, _out, requests, owners, streams, parts, lse, sinks, _order_out, out_ref, *, heads: int, sets: int,
-    columns: int, segments: int, first_row: Any, whole_are_there: bool, fill: bool,
+    columns: int, segments: int, first_row: Any, product_row: Any, whole_are_there: bool, fill: bool,
 ):  # fmt: skip
     """The query heads of one token that share a KV head; zeros if no request owns the token."""
     head, token, part = (pl.program_id(axis) for axis in range(3))
@@ -266,24 +269,24 @@ def _join_kernel(
     @pl.when(to_do)
     def _():
         row = jnp.where(request < 0, token, requests[jnp.maximum(request, 0), OUT] + query)
-        _join_pair(head, row, first, end, first_row(head, query), dim, parts, lse, sinks, out_ref, heads, segments)
+        own_rows = first_row(head, query) + jnp.arange(pl.next_power_of_2(out_ref.shape[1] // heads))
+        _join_pair(
+            head, row, first, end, own_rows, product_row(own_rows), dim, parts, lse, sinks, out_ref, heads, segments
+        )
 
 
-def _join_pair(head, token, first, end, first_row, dim, parts, lse, sinks, out_ref, heads: int, segments: int):
-    """Columns `dim` of segments `first .. end - 1`, `segments` of them at first, of which a row is the first that
-    counts.
-    """
+def _join_pair(head, token, first, end, own_rows, lse_rows, dim, parts, lse, sinks, out_ref, heads: int, segments: int):
+    """Columns `dim` of some rows of segments `first .. end - 1`, `segments` of them at first."""
     group, head_dim = out_ref.shape[1] // heads, out_ref.shape[2]
     rows = jnp.arange(pl.next_power_of_2(group))
     used = rows < group
     tile_used = used[:, None] & (dim < head_dim)[None, :]
-    own_rows = first_row + rows
 
     def add(chunk: int, begin, i, state):
         maximum, total, acc = state
         segment = begin + i * chunk + jnp.arange(chunk)
         there = (segment < end)[:, None] & used[None, :]
-        part_lse = triton.load(lse.at[segment[:, None], own_rows[None, :]], mask=there, other=-jnp.inf)
+        part_lse = triton.load(lse.at[segment[:, None], lse_rows[None, :]], mask=there, other=-jnp.inf)
         at = parts.at[segment[:, None, None], own_rows[None, :, None], dim[None, None, :]]
         mask = there[:, :, None] & tile_used[None, :, :]
         part = triton.load(at, mask=mask, other=0).astype(jnp.float32)

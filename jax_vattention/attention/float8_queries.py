@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 LOST = 16.0
 """Times the second number is too large."""
+_EIGHT = 8
+"""Rows of a product that are above others in the registers of one thread."""
 
 
 def split(tiles: jax.Array, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
     """Splits queries, `[tiles, rows, head_dim]`.
 
     Returns:
-      float8 `[tiles, 2 * rows, head_dim]`: the first and then the second numbers of a tile, of its queries times a
-      power of 2; and float32 `[tiles]`: by what products with them are to be multiplied.
+      float8 `[tiles, 2 * rows, head_dim]`: of each eight rows of a tile the first numbers and then the second ones, of
+      its queries times a power of 2; and float32 `[tiles]`: by what products with them are to be multiplied.
     """
     count, rows, head_dim = tiles.shape
     return pl.pallas_call(
@@ -30,7 +33,7 @@ def split(tiles: jax.Array, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
             jax.ShapeDtypeStruct((count,), jnp.float32),
         ],
         grid=(count,),
-        compiler_params=triton.CompilerParams(num_warps=1),
+        compiler_params=triton.CompilerParams(num_warps=pl.next_power_of_2(pl.cdiv(rows, _EIGHT))),
         interpret=interpret,
         name="attention_decode_queries",
     )(tiles)
@@ -39,8 +42,8 @@ def split(tiles: jax.Array, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
 def _split_kernel(tiles, parts, factors):
     tile = pl.program_id(0)
     rows, columns = tiles.shape[1], jnp.arange(pl.next_power_of_2(tiles.shape[2]))
-    inside = jnp.broadcast_to(columns < tiles.shape[2], (rows, columns.size))
-    own = jnp.arange(rows)
+    own = jnp.arange(pl.next_power_of_2(rows))
+    inside = (own < rows)[:, None] & (columns < tiles.shape[2])[None, :]
     values = triton.load(tiles.at[tile, own[:, None], columns[None, :]], mask=inside, other=0).astype(jnp.float32)
     # The largest becomes 128 to 256: the largest e4m3 is 448, and its smallest normal number 2 ** -6.
     largest = jnp.max(jnp.abs(values))
@@ -48,6 +51,7 @@ def _split_kernel(tiles, parts, factors):
     values *= jnp.exp2(7.0 - exponent)
     first = values.astype(jnp.float8_e4m3fn)
     second = ((values - first.astype(jnp.float32)) * LOST).astype(jnp.float8_e4m3fn)
-    triton.store(parts.at[tile, own[:, None], columns[None, :]], first, mask=inside)
-    triton.store(parts.at[tile, rows + own[:, None], columns[None, :]], second, mask=inside)
+    place = lax.div(own, _EIGHT) * 2 * _EIGHT + lax.rem(own, _EIGHT)
+    triton.store(parts.at[tile, place[:, None], columns[None, :]], first, mask=inside)
+    triton.store(parts.at[tile, _EIGHT + place[:, None], columns[None, :]], second, mask=inside)
     factors[tile] = jnp.exp2(exponent - 7.0)

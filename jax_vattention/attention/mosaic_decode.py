@@ -144,7 +144,7 @@ class Shape:
     @property
     def narrow(self) -> bool:
         """Whether float8 keys are multiplied as such, with queries in two parts, one eight of rows below the other."""
-        return self.quantized and self.narrow_products and self.rows == BOX and self.together == 1
+        return self.quantized and self.narrow_products and 2 * self.rows <= ROWS
 
     @property
     def widened(self) -> tuple[str, ...]:
@@ -158,8 +158,8 @@ class Shape:
         The rows of a `wgmma` would be idle otherwise. What one set reads of a token is one stretch of memory, and as
         layers are interleaved, no other stream has to come to the same page for another head.
         """
-        many = self.tiling.together
-        fits = self.num_kv_heads % many == 0 and many * self.group * self.queries <= ROWS
+        many, rows = self.tiling.together, ROWS // 2 if self.quantized and self.narrow_products else ROWS
+        fits = self.num_kv_heads % many == 0 and many * self.group * self.queries <= rows
         return many if fits else 1
 
     @property
@@ -200,6 +200,16 @@ class Shape:
     def first_row(self, head: jax.Array, query: Any) -> jax.Array:
         """Row in a query tile of the first query head of a KV head, for a request's query of this number."""
         return lax.rem(head, self.sharing) * self.group + query * self.set_heads
+
+    def row_of(self, product_row: jax.Array) -> jax.Array:
+        """Row of the query tile that a row of a product is of."""
+        if not self.narrow:
+            return product_row
+        return lax.div(product_row, 2 * BOX) * BOX + lax.rem(product_row, BOX)
+
+    def product_row(self, row: jax.Array) -> jax.Array:
+        """Row of a product that has the result of a row of the query tile."""
+        return lax.div(row, BOX) * 2 * BOX + lax.rem(row, BOX) if self.narrow else row
 
     @property
     def reads_queries(self) -> bool:
@@ -387,15 +397,13 @@ def run(
     )
     return tables.join(
         out, parts, lse, split, order, features, heads=view.num_kv_heads, sets=shape.sets, first_row=shape.first_row,
-        whole_are_there=shape.direct, interpret=interpret_tables,
+        product_row=shape.product_row, whole_are_there=shape.direct, interpret=interpret_tables,
     )  # fmt: skip
 
 
 def default_tiling(q: jax.Array, view: LayerView) -> Tiling:
-    """Where nothing was tuned. Float8 takes twice the work for a byte."""
-    if view.scale_table is None:
-        return Tiling()
-    return Tiling(streams=2 if q.shape[2] <= 128 else 1, together=1)
+    """Where nothing was tuned. A tile of float8 has as many bytes if it has twice the rows."""
+    return Tiling(block_k=128 if view.scale_table is not None and q.shape[2] <= 128 else 64)
 
 
 def _queries(shape: Shape, q: jax.Array, batch: RaggedBatch, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
@@ -744,6 +752,8 @@ def multiply(
                 qk = jnp.where(_visible(shape, piece, first), qk, -jnp.inf)
             if shape.together > 1:
                 qk = jnp.where(_own_head(shape), qk, -jnp.inf)
+            if shape.narrow:
+                qk = repeat_eights(qk, interpreted=shape.interpreted)
             new_maximum = jnp.maximum(maximum, qk.max(axis=1))
             base = new_maximum
             if not shape.all_see_keys:
@@ -814,14 +824,18 @@ def _store(result: Parts, shape: Shape, ref, token, head, low, high, group: int,
     if not shape.interpreted:
         for number, part in enumerate(result):
             part = part.astype(ref.dtype)
-            store_rows(part, ref, token, head, low, high, group=group, first_column=number * width)
+            store_rows(
+                part, ref, token, head, low, high, group=group, first_column=number * width, first_eights=shape.narrow
+            )
         return
     for number, part in enumerate(result):
         rows[:, number * width : (number + 1) * width] = part.astype(ref.dtype)
     plgpu.commit_smem()
 
     def row(i, _):
-        plgpu.copy_smem_to_gmem(rows.at[low + i], ref.at[token + lax.div(i, group), head + lax.rem(i, group)])
+        plgpu.copy_smem_to_gmem(
+            rows.at[shape.product_row(low + i)], ref.at[token + lax.div(i, group), head + lax.rem(i, group)]
+        )
 
     lax.fori_loop(0, high - low, row, None)
     plgpu.wait_smem_to_gmem(0)
@@ -842,7 +856,7 @@ def _of_rows(shape: Shape, scales, first) -> jax.Array:
     if shape.together == 1:
         return scales[first]
     layout = plgpu.Layout.WGMMA.reduce(1)
-    head = lax.div(lax.rem(_iota((ROWS,), 0, layout), shape.set_heads), shape.group)
+    head = lax.div(lax.rem(shape.row_of(_iota((ROWS,), 0, layout)), shape.set_heads), shape.group)
     found = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout)
     for number in range(shape.together):
         found = jnp.where(head == number, scales[first + number], found)
@@ -867,7 +881,7 @@ def _shrunk(shape: Shape, shrink: jax.Array, acc: jax.Array) -> jax.Array:
 def _own_head(shape: Shape) -> jax.Array:
     """bool `[ROWS, block_k]`: whether a column of a tile is of the KV head that a row belongs to."""
     sizes = (ROWS, shape.tiling.block_k)
-    head = lax.div(lax.rem(_iota(sizes, 0), shape.set_heads), shape.group)
+    head = lax.div(lax.rem(shape.row_of(_iota(sizes, 0)), shape.set_heads), shape.group)
     return lax.rem(_iota(sizes, 1), shape.together) == head
 
 
@@ -909,7 +923,7 @@ def _visible(shape: Shape, piece: _Piece, first) -> jax.Array:
     seen = keys < piece.end
     if shape.one_limit:
         return seen if shape.window is None else seen & (keys >= piece.of.lower)
-    last = piece.of.length - piece.of.queries + lax.div(_iota(sizes, 0), shape.set_heads)
+    last = piece.of.length - piece.of.queries + lax.div(shape.row_of(_iota(sizes, 0)), shape.set_heads)
     if shape.window is not None:
         seen &= (keys > last - shape.window) & (keys >= piece.of.lower)
     if shape.prefixes:

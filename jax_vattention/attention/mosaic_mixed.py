@@ -88,6 +88,7 @@ def run(
     )
     out, order = decode_split.join(
         out, parts, lse, split, order, one, heads=view.num_kv_heads, sets=decode.sets, first_row=decode.first_row,
+        product_row=decode.product_row,
         whole_are_there=decode.direct, fill=False, interpret=interpret_tables,
     )  # fmt: skip
     return out[: q.shape[0]], order

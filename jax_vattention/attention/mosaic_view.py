@@ -58,7 +58,9 @@ def swizzled(sizes: tuple[int, ...], dtype: Any, together: int | None = None, *,
     return plgpu.SMEM(sizes, dtype, transforms=(plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle)))
 
 
-def store_rows(result, out_ref, token, head, low, high, *, group: int = 1, first_column: int = 0) -> None:
+def store_rows(
+    result, out_ref, token, head, low, high, *, group: int = 1, first_column: int = 0, first_eights: bool = False
+) -> None:
     """Writes rows `low .. high - 1` of an array in the layout of a `wgmma`, from registers.
 
     Copies of shared memory take 8 rows, or one if not swizzled.
@@ -67,6 +69,7 @@ def store_rows(result, out_ref, token, head, low, high, *, group: int = 1, first
       token, head: where row `low` goes in `out_ref`, `[tokens, heads, columns]`; the next ones are the other heads of a
         group, then those of the next token.
       first_column: the result's first one in `out_ref`.
+      first_eights: rows are those of the first, third, ... eight, one after the other.
     """
     scalar = plgpu.Layout.WG_SPLAT(())
 
@@ -79,6 +82,11 @@ def store_rows(result, out_ref, token, head, low, high, *, group: int = 1, first
         for at, place in zip(np.ndindex(result.registers.shape), places, strict=True):
             firsts.setdefault(at[4], place)
         for half, (row, column) in firsts.items():  # the thread's upper and lower row
+            if first_eights:
+                if half:
+                    continue
+                eight = mgpu.c(BOX, index)
+                row = arith.addi(arith.muli(arith.divui(row, mgpu.c(2 * BOX, index)), eight), arith.remui(row, eight))
             inside = arith.andi(
                 arith.cmpi(arith.CmpIPredicate.sge, row, low), arith.cmpi(arith.CmpIPredicate.slt, row, high)
             )
