@@ -11,6 +11,8 @@ from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch
 from jax_vattention.attention import blackwell_prefill
 from jax_vattention.attention.features import Features
 
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
 
 @pytest.mark.parametrize(
     ("requests", "options"),

@@ -90,9 +90,10 @@ def compiled(target, program, spec, max_q_len):
 
 
 def gpu_kernels(each):
-    """Kernels of attention, and not the small ones that share out and join the work of a decode step."""
+    """Kernels of attention, and not the small ones that share out and join its work."""
     calls = [rest for *_, opcode, rest in instructions(each) if opcode == "custom-call"]
-    small = tuple(f'name = "attention_decode_{what}"' for what in ("combine", "schedule", "queries"))
+    whats = ("decode_combine", "decode_schedule", "decode_queries", "prefill_schedule")
+    small = tuple(f'name = "attention_{what}"' for what in whats)
     return [
         rest
         for rest in calls

@@ -15,6 +15,8 @@ from jax_vattention.attention.features import Features
 from jax_vattention.attention.prefill_split import Sizes, Tile
 from jax_vattention.cache import LayerView
 
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
 BOX, SLOT_TOKENS, SLOTS = 8, 2048, 6
 
 
