@@ -43,6 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
         ([33, 17], {"kv_heads": 8, "queries": [2, 2], "prefix": [32, 0], "group": 3, "block_k": 128}),
         ([50, 0, 19], {"kv_heads": 8, "dtype": "float8_e4m3fn", "streams": 2}),
         ([40, 9], {"kv_heads": 8, "group": 2, "queries": [2, 1], "dtype": "float8_e4m3fn", "sinks": True}),
+        ([40, 0, 17], {"kv_heads": 8, "dtype": "float8_e4m3fn", "block_k": 128, "head_dim": 128}),
         ([150, 0, 33], {"dtype": "float8_e4m3fn", "group": 12, "kv_heads": 1}),
         ([70, 150], {"dtype": "float8_e4m3fn", "group": 2, "queries": [3, 1], "head_dim": 128, "window": 60}),
         ([40, 17], {"kv_heads": 8, "paged": True}),

@@ -310,7 +310,6 @@ class Wgmma(Products):
 
     def add(self, acc: Parts, shrunk: Callable[[jax.Array], jax.Array], weights: jax.Array, v) -> Parts:
         """See `Products`."""
-
         whole = shrunk(*acc)
 
         def product(ref):
@@ -319,7 +318,7 @@ class Wgmma(Products):
             plgpu.wgmma(ref, weights, v)
             return ref[...] + whole if self._interpreted else ref[...]
 
-        return (pl.run_scoped(product, plgpu.ACC(whole.shape, jnp.float32)),)
+        return (pl.run_scoped(product, plgpu.ACC((ROWS, whole.shape[1]), jnp.float32)),)
 
 
 def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:

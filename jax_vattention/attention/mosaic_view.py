@@ -137,8 +137,7 @@ def zero_second_eights(array: jax.Array, *, interpreted: bool) -> jax.Array:
     def zero(first, _):
         if interpreted:
             return jnp.zeros_like(first)
-        value = ir.FloatAttr.get(ir.VectorType(first.type).element_type, 0.0)
-        return arith.constant(first.type, ir.DenseElementsAttr.get_splat(first.type, value))
+        return vector.broadcast(first.type, mgpu.c(0.0, ir.VectorType(first.type).element_type))
 
     return _with_second_eights(array, zero, array, interpreted=interpreted)
 
