@@ -1,7 +1,7 @@
 """Attention through Pallas' Mosaic GPU backend: Hopper GPUs. Which kernel serves what, and what neither does.
 
 The kernel for decode is bound by memory and serves requests of few queries, the one for prefill by the tensor cores. A
-batch that may have both kinds goes to a third, in which some blocks do the one and some the other, or to both.
+batch that may have both kinds goes to a third, in which every block does both, or to one after the other.
 """
 
 from __future__ import annotations
