@@ -55,7 +55,7 @@ class Kernels(NamedTuple):
         """See `attention`; returns `(out, order)`."""
         if _few_queries(q, view, batch):
             return self.decode.run(q, view, order, batch, features, scale=scale)
-        if batch.num_requests * batch.max_q_len <= q.shape[0]:
+        if batch.num_requests * min(batch.max_q_len, q.shape[0]) <= q.shape[0]:
             # There is room for as many queries of each request as any has: most likely none is a decode. If one is, the
             # result is the same.
             return self.prefill.run(q, view, order, batch, features, scale=scale)
