@@ -113,8 +113,8 @@ def mosaic_kernels(each):
     return [rest for rest in gpu_kernels(each) if 'custom_call_target="mosaic_gpu' in rest]
 
 
-# Prefill in loops and branches compiles long, and `test_compile_programs` has it.
-@pytest.mark.parametrize(("program", "max_q_len"), [*((each, 1) for each in PROGRAMS), ("straight", 512)])
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("max_q_len", [1, 512], ids=["decode", "prefill"])
 def test_view_is_not_copied(program, max_q_len):
     short, long = llama_spec(max_seq_len=8192), llama_spec(max_seq_len=131072)
     programs = [compiled("h100", program, spec, max_q_len) for spec in (short, long)]

@@ -18,6 +18,16 @@ _EIGHT = 8
 """Rows of a product that are above others in the registers of one thread."""
 
 
+def place(row: jax.Array) -> jax.Array:
+    """Row of a product of the first number of a query in this row of its tile; that of the second is an eight below."""
+    return lax.div(row, _EIGHT) * 2 * _EIGHT + lax.rem(row, _EIGHT)
+
+
+def row_at(place: jax.Array) -> jax.Array:
+    """Row of the tile whose first or second number is in this row of a product."""
+    return lax.div(place, 2 * _EIGHT) * _EIGHT + lax.rem(place, _EIGHT)
+
+
 def split(tiles: jax.Array, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
     """Splits queries, `[tiles, rows, head_dim]`.
 
@@ -51,7 +61,7 @@ def _split_kernel(tiles, parts, factors):
     values *= jnp.exp2(7.0 - exponent)
     first = values.astype(jnp.float8_e4m3fn)
     second = ((values - first.astype(jnp.float32)) * LOST).astype(jnp.float8_e4m3fn)
-    place = lax.div(own, _EIGHT) * 2 * _EIGHT + lax.rem(own, _EIGHT)
-    triton.store(parts.at[tile, place[:, None], columns[None, :]], first, mask=inside)
-    triton.store(parts.at[tile, _EIGHT + place[:, None], columns[None, :]], second, mask=inside)
+    rows_of_first = place(own)[:, None]
+    triton.store(parts.at[tile, rows_of_first, columns[None, :]], first, mask=inside)
+    triton.store(parts.at[tile, rows_of_first + _EIGHT, columns[None, :]], second, mask=inside)
     factors[tile] = jnp.exp2(exponent - 7.0)

@@ -203,13 +203,11 @@ class Shape:
 
     def row_of(self, product_row: jax.Array) -> jax.Array:
         """Row of the query tile that a row of a product is of."""
-        if not self.narrow:
-            return product_row
-        return lax.div(product_row, 2 * BOX) * BOX + lax.rem(product_row, BOX)
+        return float8_queries.row_at(product_row) if self.narrow else product_row
 
     def product_row(self, row: jax.Array) -> jax.Array:
         """Row of a product that has the result of a row of the query tile."""
-        return lax.div(row, BOX) * 2 * BOX + lax.rem(row, BOX) if self.narrow else row
+        return float8_queries.place(row) if self.narrow else row
 
     @property
     def reads_queries(self) -> bool:

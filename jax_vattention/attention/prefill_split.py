@@ -88,7 +88,7 @@ def schedule(
     others: jax.Array | None = None,
     interpret: bool = False,
 ) -> Schedule:
-    """Tiles of queries of all requests, and what lies between these. One launch: by XLA it were about a dozen.
+    """Tiles of queries of all requests, and what lies between these. One launch, where XLA would make a dozen.
 
     Args:
       others: int32 `[requests]`: queries of each request that are not in `batch`, and whose results others write.
