@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import prefill_cases
@@ -9,6 +10,8 @@ import pytest
 import test_attention as suite
 from caches import plain_cache
 from decode_cases import check_decode
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from mosaic_interpreter import interpreter
 
 from jax_vattention import KVCacheSpec, LayerGroup, attention
 from jax_vattention.attention import float8_queries, mosaic_decode, mosaic_mixed, mosaic_prefill, pallas_mosaic
@@ -57,20 +60,35 @@ def test_in_the_interpreter(lengths, options):
     check_decode(mosaic_decode.run, lengths, tiling=mosaic_decode.Tiling(**sizes), **options)
 
 
-@pytest.mark.parametrize("rows", [8, 24, 32])
-def test_queries_in_two_float8_parts_are_as_exact_as_bfloat16(rows):
+def split_queries(twice, interpret):
+    """`float8_queries.split` of `[64, head_dim]`, in a kernel of its own."""
+
+    def split(queries, parts_out, factors_out, twice, parts):
+        twice[...] = queries[...]
+        factors_out[...] = float8_queries.split(twice, parts, interpreted=True)
+        parts_out[...] = parts[...]
+
+    return plgpu.kernel(
+        split,
+        out_type=(jax.ShapeDtypeStruct(twice.shape, jnp.float8_e4m3fn), jax.ShapeDtypeStruct((64,), jnp.float32)),
+        scratch_types=(plgpu.SMEM(twice.shape, twice.dtype), plgpu.SMEM(twice.shape, jnp.float8_e4m3fn)),
+        interpret=interpret,
+    )(twice)
+
+
+def test_queries_in_two_float8_parts_are_as_exact_as_bfloat16():
     rng = np.random.default_rng(0)
-    tiles = rng.standard_normal((6, rows, 96)) * 10.0 ** np.array([-6, -1, 0, 2, 4, 0])[:, None, None]
-    tiles[5] = 0
-    tiles = jnp.asarray(tiles, jnp.bfloat16)
-    parts, factors = float8_queries.split(tiles, interpret=True)
-    assert (parts.shape, parts.dtype, factors.shape) == ((6, 2 * rows, 96), jnp.float8_e4m3fn, (6,))
-    eights = np.asarray(parts.astype(jnp.float32)).reshape(6, -1, 2, 8, 96)
-    whole = (eights[:, :, 0] + eights[:, :, 1] / float8_queries.LOST).reshape(tiles.shape)
-    whole *= np.asarray(factors)[:, None, None]
-    expected = np.asarray(tiles.astype(jnp.float32))
-    largest = np.abs(expected).max(axis=(1, 2), keepdims=True)
+    tile = rng.standard_normal((32, 96)) * 10.0 ** np.resize([-6, -1, 0, 2, 4, -36, 36], 32)[:, None]
+    tile[5] = 0
+    tile = jnp.asarray(tile, jnp.bfloat16)
+    twice = jnp.repeat(tile.reshape(4, 1, 8, 96), 2, axis=1).reshape(64, 96)
+    parts, factors = (np.asarray(each.astype(jnp.float32)) for each in split_queries(twice, interpreter()))
+    first, second = np.moveaxis(parts.reshape(4, 2, 8, 96), 1, 0)
+    whole = (first + second / float8_queries.LOST).reshape(32, 96) * factors.reshape(4, 2, 8)[:, 0].reshape(32, 1)
+    expected = np.asarray(tile.astype(jnp.float32))
+    largest = np.maximum(np.abs(expected).max(axis=1, keepdims=True), 2.0**-100)
     assert (np.abs(whole - expected) <= np.abs(expected) * 2.0**-8 + largest * 2.0**-21).all()
+    np.testing.assert_array_equal(float8_queries.row_at(float8_queries.place(jnp.arange(32))), np.arange(32))
 
 
 def test_what_is_not_served_is_said_and_the_next_one_taken():

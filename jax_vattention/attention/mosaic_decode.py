@@ -365,7 +365,8 @@ def run(
     split = tables.split(
         batch, view, features, tokens=q.shape[0], sets=shape.sets, streams=shape.streams, interpret=interpret_tables
     )
-    queries, factors = _queries(shape, q, batch, interpret=interpret_tables)
+    # No float8 is widened to bfloat16; a narrow product splits its queries itself.
+    queries = shape.query_tiles(q.astype(jnp.float16) if shape.quantized and not shape.narrow else q, batch)
     pages = jnp.zeros((1, 1), jnp.int32) if page_table is None else page_table
     scales = jnp.ones(1, jnp.float32) if view.scale_table is None else view.scale_table.reshape(-1)
     out, parts, lse = plgpu.kernel(
@@ -382,7 +383,6 @@ def run(
         kernel_name="attention_decode",
     )(
         queries,
-        factors,
         columns.k,
         columns.v,
         split.requests,
@@ -403,16 +403,6 @@ def default_tiling(q: jax.Array, view: LayerView) -> Tiling:
     return Tiling(block_k=128 if view.scale_table is not None and q.shape[2] <= 128 else 64)
 
 
-def _queries(shape: Shape, q: jax.Array, batch: RaggedBatch, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """Tiles of queries as they are multiplied, and float32 `[tiles]`: by what their products are to be multiplied."""
-    none = jnp.ones(1, jnp.float32)
-    if not shape.quantized:
-        return shape.query_tiles(q, batch), none
-    if not shape.narrow:
-        return shape.query_tiles(q.astype(jnp.float16), batch), none
-    return float8_queries.split(shape.query_tiles(q, batch), interpret=interpret)
-
-
 def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> dict[str, Any]:
     """Shared memory of a block, for each stream."""
     streams, stages, block_k = shape.tiling.streams, shape.tiling.stages, shape.tiling.block_k
@@ -429,6 +419,7 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
     rows = (("out_smem", out_dtype), ("part_smem", jnp.float32))
     return {
         "q_smem": tiles(2, ROWS, shape.head_dim),
+        **({"q_parts": tiles(ROWS, shape.head_dim, dtype=kv_dtype)} if shape.narrow else {}),
         "k_smem": kv(),
         "v_smem": kv(),
         **{name: tiles(block_k, shape.head_dim, dtype=jnp.float16) for name in shape.widened},
@@ -437,7 +428,7 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
             if shape.interpreted
             else {}
         ),
-        "q_ready": plgpu.Barrier(num_barriers=2 * streams),
+        "q_ready": plgpu.Barrier(num_arrivals=2 * shape.rows // BOX if shape.narrow else 1, num_barriers=2 * streams),
         "k_ready": plgpu.Barrier(num_arrivals=whole, num_barriers=many),
         "v_ready": plgpu.Barrier(num_arrivals=whole, num_barriers=many),
         "k_tail_ready": plgpu.Barrier(num_arrivals=boxes, num_barriers=many),
@@ -449,7 +440,6 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
 
 def _decode(
     q_ref,
-    factors,
     k_ref,
     v_ref,
     requests,
@@ -470,7 +460,6 @@ def _decode(
 
     Args:
       q_ref: see `Shape.query_tiles`.
-      factors: see `float8_queries.split`; used if the queries are float8.
       k_ref, v_ref: see `Columns`.
       scales: of each layer those of each head of K, then of V; used if they are float8.
       order: not used here: to have it makes the read come after the append that returned it.
@@ -492,7 +481,7 @@ def _decode(
         if count > 1:
             plgpu.set_max_registers(208, action="increase")
         first_scale = 2 * shape.num_kv_heads * layer_ref[0]
-        multiply(work, products, q_ref, factors, scales, first_scale, out_ref, parts_ref, lse_ref, **scratch)
+        multiply(work, products, q_ref, scales, first_scale, out_ref, parts_ref, lse_ref, **scratch)
 
 
 class _Request(NamedTuple):
@@ -668,9 +657,9 @@ def _copy(shape: Shape, ref, row, column, smem, part: int, size: int, ready) -> 
 
 
 def multiply(
-    work: Work, products: type[Products], q_ref, factors, scales, first_scale, out_ref, parts_ref, lse_ref, *, q_smem,
-    k_smem, v_smem, q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, k_wide=None, v_wide=None,
-    out_smem=None, part_smem=None, **memory,
+    work: Work, products: type[Products], q_ref, scales, first_scale, out_ref, parts_ref, lse_ref, *, q_smem, k_smem,
+    v_smem, q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, q_parts=None, k_wide=None,
+    v_wide=None, out_smem=None, part_smem=None, **memory,
 ):  # fmt: skip
     """The warpgroup that computes."""
     shape, local = work.shape, work.local
@@ -679,15 +668,17 @@ def multiply(
     tokens, stages = shape.tile_tokens, shape.tiling.stages
     rows = tuple(None if each is None else each.at[local] for each in (out_smem, part_smem))
 
-    def query_tile(request, token, head):
-        return shape.query_tile(request, token, lax.div(head, shape.together))
-
     def load_q(number, request, token, head):
         """For the piece of this number, of those of the stream."""
-        tile = query_tile(request, token, head)
-        buffer = lax.rem(number, 2)
-        target = q_smem.at[local, buffer, pl.ds(0, q_ref.shape[1])]
-        plgpu.copy_gmem_to_smem(q_ref.at[tile], target, q_ready.at[2 * local + buffer])
+        tile = shape.query_tile(request, token, lax.div(head, shape.together))
+        buffer, rows = lax.rem(number, 2), q_ref.shape[1]
+        target, ready = q_smem.at[local, buffer], q_ready.at[2 * local + buffer]
+        if q_parts is None:
+            plgpu.copy_gmem_to_smem(q_ref.at[tile], target.at[pl.ds(0, rows)], ready)
+            return
+        for row in range(0, 2 * rows, BOX):
+            eight = q_ref.at[tile, pl.ds(row // (2 * BOX) * BOX, BOX)]
+            plgpu.copy_gmem_to_smem(eight, target.at[pl.ds(row, BOX)], ready)
 
     @pl.when(work.num_pairs > 0)
     def _():
@@ -711,8 +702,9 @@ def multiply(
         scale: Any = shape.scale * _LOG2_E if shape.soft_cap is None else shape.scale / shape.soft_cap
         if shape.quantized:
             scale = scale * _of_rows(shape, scales, first_scale + piece.head)
-        if shape.narrow:
-            scale = scale * factors[query_tile(piece.request, piece.of.token, piece.head)]
+        if q_parts is not None:
+            twice, q = q, q_parts.at[local]
+            scale = scale * float8_queries.split(twice, q, interpreted=shape.interpreted)
 
         def tile(tile, state, *, masked: bool):
             count, maximum, total, acc = state

@@ -175,7 +175,7 @@ def _mixed(
             @pl.when(warpgroup == 0)
             def _():
                 mosaic_decode.multiply(
-                    reading, mosaic_decode.Wgmma, q_tiles, None, None, 0, out_ref, parts_ref, lse_ref, **own
+                    reading, mosaic_decode.Wgmma, q_tiles, None, 0, out_ref, parts_ref, lse_ref, **own
                 )
 
         def prefills():
