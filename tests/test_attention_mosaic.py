@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
         ([130, 0, 33], {"dtype": "float8_e4m3fn"}),
         ([130, 40], {"paged": True}),
         ([0, 0], {}),
-        # Eight KV heads are read together.
+        # Eight KV heads are read together, where there are as many and not said otherwise.
         ([100, 7, 0, 33], {"kv_heads": 8, "blocks": 3}),
         ([41, 70], {"kv_heads": 16, "group": 8, "layout": "layer_major", "block_k": 128, "head_dim": 128}),
         ([70, 9], {"kv_heads": 8, "group": 1, "soft_cap": 2.0, "sinks": True, "dtype": "float16", "head_dim": 96}),
@@ -55,7 +55,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
     ids=str,
 )
 def test_in_the_interpreter(lengths, options):
-    options = {"blocks": 2} | options
+    options = {"blocks": 2, "together": 8} | options
     sizes = {name: options.pop(name) for name in ("blocks", "streams", "block_k", "together") if name in options}
     check_decode(mosaic_decode.run, lengths, tiling=mosaic_decode.Tiling(**sizes), **options)
 

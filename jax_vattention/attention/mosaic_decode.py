@@ -30,7 +30,6 @@ from jax_vattention.attention.decode_split import GRAIN
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_products import sums_of_columns
 from jax_vattention.attention.mosaic_view import (
-    BLOCKS,
     BOX,
     ROWS,
     Columns,
@@ -46,6 +45,11 @@ from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
 _LOG2_E = math.log2(math.e)
+_BLOCKS = 128
+"""Of the 132 multiprocessors of an H100 or H200, which read no faster. Requests of one length whose number is a power of
+two, or of three times one, are shared out so that few pairs or none are split."""
+_SHORT = 256
+"""Bytes of a row of K or V, of one head of a token: shorter ones are read with those of other heads."""
 
 Parts = tuple[jax.Array, ...]
 """An array of `ROWS` rows in parts of `Products.width` columns each."""
@@ -61,8 +65,8 @@ class Tiling:
     """Tiles of a stream that are in flight or being read."""
     streams: int = 1
     """Of a block."""
-    blocks: int = BLOCKS
-    together: int = BOX
+    blocks: int = _BLOCKS
+    together: int = 1
     """KV heads of a tile, 1 or 8: tokens are read with all of these heads at once, if there are as many."""
 
 
@@ -357,7 +361,7 @@ def run(
       products: how the GPU multiplies.
     """
     columns = Columns.of(view)
-    tiling = tiling or tuned(default_tiling(q, view), "mosaic_decode", q.shape[2], view.k.dtype)
+    tiling = tiling or tuned(default_tiling(view), "mosaic_decode", view.head_dim, view.k.dtype)
     shape = Shape.of(
         q, view, batch, features, scale=scale, tiling=tiling, products=products, paged=page_table is not None,
         interpret=interpret,
@@ -398,9 +402,12 @@ def run(
     )  # fmt: skip
 
 
-def default_tiling(q: jax.Array, view: LayerView) -> Tiling:
-    """Where nothing was tuned. A tile of float8 has as many bytes if it has twice the rows."""
-    return Tiling(block_k=128 if view.scale_table is not None and q.shape[2] <= 128 else 64)
+def default_tiling(view: LayerView) -> Tiling:
+    """Where nothing was tuned. What is read of one token at once is no less than `_SHORT` bytes, if it can be."""
+    if view.head_dim * view.k.dtype.itemsize >= _SHORT:
+        return Tiling()
+    # As many bytes in a tile as of rows that are not short.
+    return Tiling(block_k=128 if view.head_dim <= 128 else 64, together=BOX)
 
 
 def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> dict[str, Any]:

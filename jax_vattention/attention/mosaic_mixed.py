@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention import decode_split, mosaic_decode, mosaic_prefill, prefill_split
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_view import Columns
+from jax_vattention.attention.mosaic_view import BOX, Columns
 from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
@@ -45,7 +45,7 @@ def run(
     """See `attention`; returns `(out, order)`. Requests of one query are decodes."""
     head_dim, dtype = q.shape[2], view.k.dtype
     tiling = tiling or tuned(mosaic_prefill.Tiling(), "mosaic_prefill", head_dim, dtype)
-    decode_tiling = mosaic_decode.Tiling(blocks=tiling.blocks)
+    decode_tiling = mosaic_decode.Tiling(blocks=tiling.blocks, together=BOX)
     decodes, first, chunks = parted(q, batch)
     one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
     decode = mosaic_decode.Shape.of(
