@@ -46,8 +46,8 @@ from jax_vattention.cache import LayerView
 
 _LOG2_E = math.log2(math.e)
 _BLOCKS = 128
-"""Of the 132 multiprocessors of an H100 or H200, which read no faster. Requests of one length whose number is a power of
-two, or of three times one, are shared out so that few pairs or none are split."""
+"""Of the 132 multiprocessors of an H100 or H200, which read no faster. Pairs of one length whose number is a power of
+two are shared out without a rest, so that few of them are split or none."""
 _SHORT = 256
 """Bytes of a row of K or V, of one head of a token: shorter ones are read with those of other heads."""
 
