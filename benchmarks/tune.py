@@ -12,10 +12,12 @@ import functools
 import itertools
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from benchmarks import _attention, _machine, decode, prefill
 from benchmarks._attention import Outcome, Sizes
@@ -31,14 +33,16 @@ class Kernel(NamedTuple):
     """What is tuned: the values of each field of its `Tiling` that are tried, and on which shapes."""
 
     module: ModuleType
+    default: Callable[[int, Any], Any]
+    """Its `Tiling` for a head dim and a dtype of K and V, where nothing was tuned."""
     fields: dict[str, tuple[Any, ...]]
     works: tuple[str, ...]
     head_dims: tuple[int, ...]
     kv_dtypes: tuple[str, ...]
 
-    def candidates(self) -> Iterator[dict[str, Any]]:
+    def candidates(self, head_dim: int, kv_dtype: str) -> Iterator[dict[str, Any]]:
         """The defaults, then all others."""
-        default = dataclasses.asdict(self.module.Tiling())
+        default = dataclasses.asdict(self.default(head_dim, jnp.dtype(kv_dtype)))
         yield {name: default[name] for name in self.fields}
         for values in itertools.product(*self.fields.values()):
             found = dict(zip(self.fields, values, strict=True))
@@ -49,6 +53,7 @@ class Kernel(NamedTuple):
 KERNELS = {
     "mosaic_decode": Kernel(
         mosaic_decode,
+        mosaic_decode.default_tiling,
         {"block_k": (64, 128), "stages": (2, 3), "streams": (1, 2), "together": (1, 8)},
         ("8x16384", "256x1024"),
         (64, 96, 128, 192, 256),
@@ -56,6 +61,7 @@ KERNELS = {
     ),
     "mosaic_prefill": Kernel(
         mosaic_prefill,
+        lambda head_dim, kv_dtype: mosaic_prefill.Tiling(),
         {"block_k": (64, 128), "stages": (2, 3), "own_out": (True, False), "overlap": (True, False)},
         ("1x8192", "4x4096", "512 at 4096"),
         (64, 128),
@@ -118,7 +124,11 @@ def _measured(
     kernel: Kernel, sizes: Sizes, kv_dtype: str, seconds: float, limit: _attention.Limit
 ) -> list[tuple[dict[str, Any], list[Outcome]]]:
     """Each candidate and its outcome on each shape."""
-    timers = {json.dumps(fields): _timer(kernel.module, fields) for fields in kernel.candidates()}
+    default = kernel.default(sizes.head_dim, jnp.dtype(kv_dtype))
+    timers = {
+        json.dumps(fields): _timer(kernel.module, dataclasses.replace(default, **fields))
+        for fields in kernel.candidates(sizes.head_dim, kv_dtype)
+    }
     found: dict[str, list[Outcome]] = {name: [] for name in timers}
     for work in kernel.works:
         part = {"": slice(None)}
@@ -130,8 +140,8 @@ def _measured(
     return [(json.loads(name), outcomes) for name, outcomes in found.items()]
 
 
-def _timer(module: ModuleType, fields: dict[str, Any]) -> _attention.Timer:
-    kernel = functools.partial(module.run, tiling=module.Tiling(**fields))
+def _timer(module: ModuleType, tiling: Any) -> _attention.Timer:
+    kernel = functools.partial(module.run, tiling=tiling)
     return functools.partial(_attention.time_program, functools.partial(_attention.attend_through, kernel))
 
 

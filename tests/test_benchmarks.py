@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import shlex
@@ -467,10 +468,12 @@ def test_tune_writes_the_fastest_where_it_is_faster_than_noise(tmp_path):
 
 def test_what_is_tuned_is_what_the_kernels_have():
     for name, kernel in tune.KERNELS.items():
-        candidates = list(kernel.candidates())
-        assert all(kernel.module.Tiling(**fields) for fields in candidates)
-        assert kernel.module.Tiling(**candidates[0]) == kernel.module.Tiling()
-        assert len({json.dumps(fields) for fields in candidates}) == len(candidates)
+        for head_dim, kv_dtype in itertools.product(kernel.head_dims, kernel.kv_dtypes):
+            default = kernel.default(head_dim, jnp.dtype(kv_dtype))
+            candidates = list(kernel.candidates(head_dim, kv_dtype))
+            assert all(dataclasses.replace(default, **fields) for fields in candidates)
+            assert dataclasses.replace(default, **candidates[0]) == default
+            assert len({json.dumps(fields) for fields in candidates}) == len(candidates)
         assert set(kernel.works) <= {work.name for work in tune._WORKS.values()}, name
 
 
@@ -478,7 +481,7 @@ def test_tilings_that_are_shipped():
     rows = json.loads(tune.FILE.read_text())["rows"]
     assert len({tune._key(row) for row in rows}) == len(rows)
     for row in rows:
-        default = tune.KERNELS[row["kernel"]].module.Tiling()
+        default = tune.KERNELS[row["kernel"]].default(row["head_dim"], jnp.dtype(row["kv_dtype"]))
         found = tuned(default, row["kernel"], row["head_dim"], row["kv_dtype"])
         assert dataclasses.asdict(found) == dataclasses.asdict(default) | row["tiling"]
     assert tuned(mosaic_decode.Tiling(), "mosaic_decode", 72, jnp.bfloat16) == mosaic_decode.Tiling()

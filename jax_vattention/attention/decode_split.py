@@ -93,8 +93,6 @@ def split(
         its `q_starts`.
     """
     slot_tokens = view.k.shape[1]
-    slots = jnp.clip(batch.slots, 0, view.mapped.shape[1] - 1)
-    mapped_first = None if view.window is None else view.mapped[0, slots]
     chunk = max(1, _SEARCHED_ELEMENTS // pl.next_power_of_2(batch.num_requests))
     requests, table, owners = pl.pallas_call(
         functools.partial(_schedule_kernel, chunk=chunk, sets=sets, slot_tokens=slot_tokens, window=view.window),
@@ -107,12 +105,12 @@ def split(
         compiler_params=triton.CompilerParams(num_warps=4),
         interpret=interpret,
         name="attention_decode_schedule",
-    )(slots, batch.q_starts, batch.q_lens, batch.kv_lens, mapped_first, features.prefix_lens, query_rows, out_rows)
+    )(batch.slots, batch.q_starts, batch.q_lens, batch.kv_lens, view.mapped, features.prefix_lens, query_rows, out_rows)
     return Split(requests, table, owners)
 
 
 def _schedule_kernel(
-    slots, q_starts, q_lens, kv_lens, mapped_first, prefix_lens, query_rows, out_rows, requests, streams, owners, *,
+    slots, q_starts, q_lens, kv_lens, mapped, prefix_lens, query_rows, out_rows, requests, streams, owners, *,
     chunk: int, sets: int, slot_tokens: int, window: int | None,
 ):  # fmt: skip
     """Each program makes `chunk` rows of the tables. Fused by XLA the same takes about twenty launches."""
@@ -125,18 +123,20 @@ def _schedule_kernel(
         return triton.load(ref.at[rows], mask=there, other=other)
 
     queries, starts = read(q_lens), read(q_starts)
+    slot = jnp.clip(read(slots), 0, mapped.shape[1] - 1)
     lengths = jnp.where(queries > 0, read(kv_lens), 0)
     lower = jnp.zeros_like(lengths)
     if window is not None:
-        mapped = -(-read(mapped_first) // KV_TAIL_TOKENS) * KV_TAIL_TOKENS  # for a unit begins with an eight of keys
-        lower = jnp.minimum(jnp.maximum(lengths - queries - window + 1, mapped), lengths)
+        first = triton.load(mapped.at[0, slot], mask=there, other=0)
+        first = -(-first // KV_TAIL_TOKENS) * KV_TAIL_TOKENS  # for a unit begins with an eight of keys
+        lower = jnp.minimum(jnp.maximum(lengths - queries - window + 1, first), lengths)
     units = (lengths - first_unit_key(lower) + GRAIN - 1) // GRAIN
     ends = jnp.cumsum(units)
     total = jnp.sum(units)
 
     prefix = jnp.zeros_like(lengths) if prefix_lens is None else read(prefix_lens)
     token, out = (starts if each is None else read(each) for each in (query_rows, out_rows))
-    of_requests = (token, read(slots) * slot_tokens, queries, lengths, lower, prefix, out)
+    of_requests = (token, slot * slot_tokens, queries, lengths, lower, prefix, out)
 
     @pl.when(pl.program_id(0) == 0)
     def _():

@@ -361,7 +361,7 @@ def run(
       products: how the GPU multiplies.
     """
     columns = Columns.of(view)
-    tiling = tiling or tuned(default_tiling(view), "mosaic_decode", view.head_dim, view.k.dtype)
+    tiling = tiling or tuned(default_tiling(view.head_dim, view.k.dtype), "mosaic_decode", view.head_dim, view.k.dtype)
     shape = Shape.of(
         q, view, batch, features, scale=scale, tiling=tiling, products=products, paged=page_table is not None,
         interpret=interpret,
@@ -402,12 +402,12 @@ def run(
     )  # fmt: skip
 
 
-def default_tiling(view: LayerView) -> Tiling:
+def default_tiling(head_dim: int, kv_dtype: Any) -> Tiling:
     """Where nothing was tuned. What is read of one token at once is no less than `_SHORT` bytes, if it can be."""
-    if view.head_dim * view.k.dtype.itemsize >= _SHORT:
+    if head_dim * jnp.dtype(kv_dtype).itemsize >= _SHORT:
         return Tiling()
     # As many bytes in a tile as of rows that are not short.
-    return Tiling(block_k=128 if view.head_dim <= 128 else 64, together=BOX)
+    return Tiling(block_k=128 if head_dim <= 128 else 64, together=BOX)
 
 
 def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> dict[str, Any]:
