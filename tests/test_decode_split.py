@@ -58,7 +58,7 @@ def first_keys(requests, window, mapped):
 
 
 def pieces(table, bounds):
-    """`(stream, pair, first key, end)` of the work that the table shares out, as the kernel walks through it."""
+    """`(stream, pair, first key, end)` of the work that the table shares out, as a kernel walks through it."""
     for stream, row in enumerate(np.asarray(table.streams)):
         left, first = int(row[NUM_UNITS]), int(row[FIRST_KEY])
         for pair in range(row[FIRST_PAIR], row[FIRST_PAIR] + row[NUM_PAIRS]):

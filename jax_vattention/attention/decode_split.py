@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +185,112 @@ def _stream_of(unit: jax.Array, each: jax.Array, more: jax.Array) -> jax.Array:
     """The stream that has a unit of the row."""
     wide = more * (each + 1)
     return jnp.where(unit < wide, unit // (each + 1), more + (unit - wide) // jnp.maximum(each, 1))
+
+
+class Request(NamedTuple):
+    """A row of `Split.requests`."""
+
+    token: jax.Array
+    row: jax.Array
+    queries: jax.Array
+    length: jax.Array
+    lower: jax.Array
+    prefix: jax.Array
+    out: jax.Array
+
+    @classmethod
+    def read(cls, table, row: jax.Array, first_column: int = 0) -> Request:
+        """From this column of a row on."""
+        return cls(*(table[row, first_column + column] for column in range(OUT + 1)))
+
+
+class Piece(NamedTuple):
+    """Some keys of a pair, which one stream reads from the first to the last."""
+
+    pair: jax.Array
+    number: jax.Array
+    """Of those of this stream."""
+    request: jax.Array
+    head: jax.Array
+    """The first KV head of the set."""
+    of: Request
+    first: jax.Array
+    end: jax.Array
+
+    @property
+    def is_whole(self) -> jax.Array:
+        """Whether it has all keys of the pair."""
+        return (self.first == first_unit_key(self.of.lower)) & (self.end == self.of.length)
+
+    def tiles(self, tokens: int) -> jax.Array:
+        """Of so many; the last may have fewer."""
+        return lax.div(self.end - self.first + tokens - 1, tokens)
+
+    def whole_tiles(self, tokens: int) -> jax.Array:
+        """Those that have as many."""
+        return lax.div(self.end - self.first, tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one stream has to do: its part of the row of keys, piece by piece. Read in a kernel."""
+
+    requests: Any
+    """As `streams` of `Split`."""
+    streams: Any
+    stream: jax.Array
+    """Which."""
+    together: int
+    """KV heads of a set."""
+
+    @property
+    def first_pair(self) -> jax.Array:
+        """With which it begins."""
+        return self.streams[self.stream, FIRST_PAIR]
+
+    @property
+    def num_pairs(self) -> jax.Array:
+        """Of which it has keys."""
+        return self.streams[self.stream, NUM_PAIRS]
+
+    @property
+    def first_request(self) -> Request:
+        """That of the first pair."""
+        return Request.read(self.streams, self.stream, FIRST_REQUEST)
+
+    @property
+    def first_queries(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Request, first query token and first KV head of the first pair."""
+        count = self.requests.shape[0]
+        head = lax.div(self.first_pair, count) * self.together
+        return lax.rem(self.first_pair, count), self.first_request.token, head
+
+    def queries_after(self, piece: Piece) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The same of the pair after this piece."""
+        wraps = piece.request + 1 == self.requests.shape[0]
+        request = jnp.where(wraps, 0, piece.request + 1)
+        return request, self.requests[request, TOKEN], jnp.where(wraps, piece.head + self.together, piece.head)
+
+    def each_piece(self, body, carry):
+        """`carry = body(piece, carry)` for every piece."""
+        count = self.requests.shape[0]
+        first_key, units = (self.streams[self.stream, column] for column in (FIRST_KEY, NUM_UNITS))
+        number, request = lax.div(self.first_pair, count), lax.rem(self.first_pair, count)
+
+        def step(i, state):
+            left, number, request, of, carry = state
+            following = jnp.where(request + 1 == count, 0, request + 1)
+            # Read ahead: between two pieces nothing waits for the table.
+            next_of = Request.read(self.requests, following)
+            first = jnp.where(i == 0, first_key, first_unit_key(of.lower))
+            end = jnp.minimum(of.length, first + left * GRAIN)
+            head = number * self.together
+            carry = body(Piece(self.first_pair + i, i, request, head, of, first, end), carry)
+            left = left - lax.div(end - first + GRAIN - 1, GRAIN)
+            return left, jnp.where(following == 0, number + 1, number), following, next_of, carry
+
+        state = (units, number, request, self.first_request, carry)
+        return lax.fori_loop(0, self.num_pairs, step, state)[-1]
 
 
 def join(

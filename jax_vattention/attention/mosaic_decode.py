@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention import decode_split as tables
-from jax_vattention.attention import float8_queries
-from jax_vattention.attention.decode_split import GRAIN
+from jax_vattention.attention import decode_split, float8_queries
+from jax_vattention.attention.decode_split import GRAIN, Piece, Work
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_products import sums_of_columns
 from jax_vattention.attention.mosaic_view import (
@@ -366,7 +365,7 @@ def run(
         q, view, batch, features, scale=scale, tiling=tiling, products=products, paged=page_table is not None,
         interpret=interpret,
     )  # fmt: skip
-    split = tables.split(
+    split = decode_split.split(
         batch, view, features, tokens=q.shape[0], sets=shape.sets, streams=shape.streams, interpret=interpret_tables
     )
     # No float8 is widened to bfloat16; a narrow product splits its queries itself.
@@ -396,7 +395,7 @@ def run(
         scales,
         order,
     )
-    return tables.join(
+    return decode_split.join(
         out, parts, lse, split, order, features, heads=view.num_kv_heads, sets=shape.sets, first_row=shape.first_row,
         product_row=shape.product_row, whole_are_there=shape.direct, interpret=interpret_tables,
     )  # fmt: skip
@@ -475,152 +474,49 @@ def _decode(
     del order
     warpgroup, count = lax.axis_index("warpgroup"), shape.tiling.streams
     local = lax.rem(warpgroup, count)
-    work = Work(requests, streams, lax.axis_index("block") * count + local, local, shape)
+    work = Work(requests, streams, lax.axis_index("block") * count + local, shape.together)
 
     @pl.when(warpgroup >= count)
     def _():
         if count > 1:  # as one stream's two warpgroups each have all the registers that a thread can have
             plgpu.set_max_registers(40, action="decrease")
-        copy(work, layer_ref[0] * shape.layer_stride, k_ref, v_ref, pages, **scratch)
+        copy(shape, local, work, layer_ref[0] * shape.layer_stride, k_ref, v_ref, pages, **scratch)
 
     @pl.when(warpgroup < count)
     def _():
         if count > 1:
             plgpu.set_max_registers(208, action="increase")
         first_scale = 2 * shape.num_kv_heads * layer_ref[0]
-        multiply(work, products, q_ref, scales, first_scale, out_ref, parts_ref, lse_ref, **scratch)
-
-
-class _Request(NamedTuple):
-    """A row of `Split.requests`."""
-
-    token: jax.Array
-    row: jax.Array
-    queries: jax.Array
-    length: jax.Array
-    lower: jax.Array
-    prefix: jax.Array
-    out: jax.Array
-
-    @classmethod
-    def read(cls, table, row: jax.Array, first_column: int = 0) -> _Request:
-        return cls(*(table[row, first_column + column] for column in range(tables.OUT + 1)))
-
-
-class _Piece(NamedTuple):
-    """Some keys of a pair, which one stream reads from the first to the last."""
-
-    pair: jax.Array
-    number: jax.Array
-    """Of those of this stream."""
-    request: jax.Array
-    head: jax.Array
-    """The first KV head of the set."""
-    of: _Request
-    first: jax.Array
-    end: jax.Array
-
-    @property
-    def is_whole(self) -> jax.Array:
-        """Whether it has all keys of the pair."""
-        return (self.first == tables.first_unit_key(self.of.lower)) & (self.end == self.of.length)
-
-    def tiles(self, tokens: int) -> jax.Array:
-        """Of so many; the last may have fewer."""
-        return lax.div(self.end - self.first + tokens - 1, tokens)
-
-    def whole_tiles(self, tokens: int) -> jax.Array:
-        """Those that have as many."""
-        return lax.div(self.end - self.first, tokens)
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What one stream has to do: its part of the row of keys, piece by piece."""
-
-    requests: Any
-    streams: Any
-    stream: jax.Array
-    local: jax.Array
-    shape: Shape
-
-    @property
-    def first_pair(self) -> jax.Array:
-        """With which it begins."""
-        return self.streams[self.stream, tables.FIRST_PAIR]
-
-    @property
-    def num_pairs(self) -> jax.Array:
-        """Of which it has keys."""
-        return self.streams[self.stream, tables.NUM_PAIRS]
-
-    @property
-    def first_request(self) -> _Request:
-        """That of the first pair."""
-        return _Request.read(self.streams, self.stream, tables.FIRST_REQUEST)
-
-    def each_piece(self, body, carry):
-        """`carry = body(piece, carry)` for every piece."""
-        count = self.requests.shape[0]
-        first_key, units = (self.streams[self.stream, column] for column in (tables.FIRST_KEY, tables.NUM_UNITS))
-        number, request = lax.div(self.first_pair, count), lax.rem(self.first_pair, count)
-
-        def step(i, state):
-            left, number, request, of, carry = state
-            following = jnp.where(request + 1 == count, 0, request + 1)
-            # Read ahead: between two pieces nothing waits for the table.
-            next_of = _Request.read(self.requests, following)
-            first = jnp.where(i == 0, first_key, tables.first_unit_key(of.lower))
-            end = jnp.minimum(of.length, first + left * GRAIN)
-            head = number * self.shape.together
-            carry = body(_Piece(self.first_pair + i, i, request, head, of, first, end), carry)
-            left = left - lax.div(end - first + GRAIN - 1, GRAIN)
-            return left, jnp.where(following == 0, number + 1, number), following, next_of, carry
-
-        state = (units, number, request, self.first_request, carry)
-        return lax.fori_loop(0, self.num_pairs, step, state)[-1]
+        multiply(shape, local, work, products, q_ref, scales, first_scale, out_ref, parts_ref, lse_ref, **scratch)
 
 
 def copy(
-    work: Work,
-    layer,
-    k_ref,
-    v_ref,
-    pages,
-    *,
-    k_smem,
-    v_smem,
-    k_ready,
-    v_ready,
-    k_tail_ready,
-    v_tail_ready,
-    k_free,
-    v_free,
-    **_,
-):
-    """The warpgroup that copies K and V."""
-    shape, tokens, stages = work.shape, work.shape.tile_tokens, work.shape.tiling.stages
+    shape: Shape, local, work: Work, layer, k_ref, v_ref, pages, *, k_smem, v_smem, k_ready, v_ready, k_tail_ready,
+    v_tail_ready, k_free, v_free, **_,
+):  # fmt: skip
+    """The warpgroup that copies K and V for the stream with this number in its block."""
+    tokens, stages = shape.tile_tokens, shape.tiling.stages
     sides = (
         (k_ref, k_smem, k_ready, k_tail_ready, k_free),
         (v_ref, v_smem, v_ready, v_tail_ready, v_free),
     )
 
-    def place(piece: _Piece, token):
+    def place(piece: Piece, token):
         """Where in its slot a token is."""
         if not shape.paged:
             return token
         return pages[piece.request, lax.div(token, GRAIN)] * GRAIN + lax.rem(token, GRAIN)
 
-    def piece(piece: _Piece, count):
+    def piece(piece: Piece, count):
         base = pl.multiple_of(piece.of.row, BOX)
         columns = layer + piece.head, layer + piece.head + shape.v_column
 
         def tile(tile, count, *, tail: bool):
             stage = lax.rem(count, stages)
-            barrier = work.local * stages + stage
+            barrier = local * stages + stage
             token = piece.first + tile * tokens
             for column, (ref, smem, ready, tail_ready, free) in zip(columns, sides, strict=True):
-                smem = smem.at[work.local, stage]
+                smem = smem.at[local, stage]
 
                 @pl.when(count >= stages)
                 def _(free=free):
@@ -642,7 +538,7 @@ def copy(
     count = work.each_piece(piece, jnp.int32(0))
 
     def drain(tile, _):
-        barrier = work.local * stages + lax.rem(tile, stages)
+        barrier = local * stages + lax.rem(tile, stages)
         plgpu.barrier_wait(k_free.at[barrier])
         plgpu.barrier_wait(v_free.at[barrier])
 
@@ -664,12 +560,11 @@ def _copy(shape: Shape, ref, row, column, smem, part: int, size: int, ready) -> 
 
 
 def multiply(
-    work: Work, products: type[Products], q_ref, scales, first_scale, out_ref, parts_ref, lse_ref, *, q_smem, k_smem,
-    v_smem, q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, q_parts=None, k_wide=None,
-    v_wide=None, out_smem=None, part_smem=None, **memory,
+    shape: Shape, local, work: Work, products: type[Products], q_ref, scales, first_scale, out_ref, parts_ref, lse_ref,
+    *, q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, q_parts=None,
+    k_wide=None, v_wide=None, out_smem=None, part_smem=None, **memory,
 ):  # fmt: skip
     """The warpgroup that computes."""
-    shape, local = work.shape, work.local
     own, width = products(shape, local, **memory), products.width(shape.head_dim)
     sums = functools.partial(sums_of_columns, interpreted=shape.interpreted)
     tokens, stages = shape.tile_tokens, shape.tiling.stages
@@ -689,18 +584,13 @@ def multiply(
 
     @pl.when(work.num_pairs > 0)
     def _():
-        count = work.requests.shape[0]
-        head = lax.div(work.first_pair, count) * shape.together
-        load_q(0, lax.rem(work.first_pair, count), work.first_request.token, head)
+        load_q(0, *work.first_queries)
 
-    def piece(piece: _Piece, count):
+    def piece(piece: Piece, count):
         # Ahead of its use: while memory is busy a copy takes microseconds.
         @pl.when(piece.number + 1 < work.num_pairs)
         def _():
-            wraps = piece.request + 1 == work.requests.shape[0]
-            request = jnp.where(wraps, 0, piece.request + 1)
-            token = work.requests[request, tables.TOKEN]
-            load_q(piece.number + 1, request, token, jnp.where(wraps, piece.head + shape.together, piece.head))
+            load_q(piece.number + 1, *work.queries_after(piece))
 
         buffer = lax.rem(piece.number, 2)
         q = q_smem.at[local, buffer]
@@ -896,7 +786,7 @@ def _wait(ready, tail_ready, barrier, is_tail, masked: bool) -> None:
         plgpu.barrier_wait(ready.at[barrier])
 
 
-def _tile_kinds(shape: Shape, piece: _Piece) -> tuple[Any, jax.Array, jax.Array]:
+def _tile_kinds(shape: Shape, piece: Piece) -> tuple[Any, jax.Array, jax.Array]:
     """Tiles `0 .. a - 1` need a mask, as `b .. c - 1` do; the ones between do not. Returns `(a, b, c)`."""
     tokens = shape.tile_tokens
     tiles, whole = piece.tiles(tokens), piece.whole_tiles(tokens)
@@ -912,7 +802,7 @@ def _tile_kinds(shape: Shape, piece: _Piece) -> tuple[Any, jax.Array, jax.Array]
     return before, jnp.maximum(plain_end, before), tiles
 
 
-def _visible(shape: Shape, piece: _Piece, first) -> jax.Array:
+def _visible(shape: Shape, piece: Piece, first) -> jax.Array:
     """bool `[ROWS, block_k]`: which keys of the tile that begins with key `first` each row sees, of its head."""
     sizes = (ROWS, shape.tiling.block_k)
     keys = first + lax.div(_iota(sizes, 1), shape.together)
@@ -927,7 +817,7 @@ def _visible(shape: Shape, piece: _Piece, first) -> jax.Array:
     return seen & (keys <= last)
 
 
-def _clear_unseen(shape: Shape, v, piece: _Piece, first) -> None:
+def _clear_unseen(shape: Shape, v, piece: Piece, first) -> None:
     """Whatever lies around the request's tokens, NaN too, times a weight of 0 must be 0."""
     # In a piece that ends within the request all boxes are of its tokens.
     outside = jnp.logical_or(
@@ -952,7 +842,7 @@ def _widen(narrow, wide, inside: Any = None) -> None:
     plgpu.commit_smem()
 
 
-def _inside(shape: Shape, piece: _Piece, first, sizes: tuple[int, ...], layout: Any) -> jax.Array:
+def _inside(shape: Shape, piece: Piece, first, sizes: tuple[int, ...], layout: Any) -> jax.Array:
     """bool `sizes`, `[block_k, head_dim]`: whether a token is the request's, and not behind its window."""
     tokens = first + lax.div(_iota(sizes, 0, layout), shape.together)
     return (tokens < piece.end) & (tokens >= piece.of.lower)

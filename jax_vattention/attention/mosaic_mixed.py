@@ -136,7 +136,7 @@ def _mixed(
     warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
     own, others = (arrays | each for arrays, each in zip(memory, barriers, strict=True))
     layer = layer_ref[0] * prefill.layer_stride
-    reading = mosaic_decode.Work(requests, streams, block, jnp.int32(0), decode)
+    reading, local = decode_split.Work(requests, streams, block, decode.together), jnp.int32(0)
     computing = mosaic_prefill.Work(tiles, counts[0] * prefill.num_q_heads, block, prefill.tiling.blocks, prefill)
 
     def in_both_orders(decodes: Callable[[], None], prefills: Callable[[], None]) -> None:
@@ -165,7 +165,7 @@ def _mixed(
             copied = mosaic_prefill.copy(computing, layer, q_ref, k_ref, v_ref, fill, **others)
             mosaic_prefill.drain(computing, copied, **others)
 
-        in_both_orders(lambda: mosaic_decode.copy(reading, layer, k_ref, v_ref, None, **own), prefills)
+        in_both_orders(lambda: mosaic_decode.copy(decode, local, reading, layer, k_ref, v_ref, None, **own), prefills)
 
     @pl.when(warpgroup < _COPIES)
     def _():
@@ -175,7 +175,7 @@ def _mixed(
             @pl.when(warpgroup == 0)
             def _():
                 mosaic_decode.multiply(
-                    reading, mosaic_decode.Wgmma, q_tiles, None, 0, out_ref, parts_ref, lse_ref, **own
+                    decode, local, reading, mosaic_decode.Wgmma, q_tiles, None, 0, out_ref, parts_ref, lse_ref, **own
                 )
 
         def prefills():
