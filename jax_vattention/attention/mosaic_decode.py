@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -487,7 +487,8 @@ def _decode(
         if count > 1:
             plgpu.set_max_registers(208, action="increase")
         first_scale = 2 * shape.num_kv_heads * layer_ref[0]
-        multiply(shape, local, work, products, q_ref, scales, first_scale, out_ref, parts_ref, lse_ref, **scratch)
+        refs = Refs(q_ref, scales, first_scale, out_ref, parts_ref, lse_ref)
+        multiply(shape, local, work, products, refs, scratch)
 
 
 def copy(
@@ -559,149 +560,217 @@ def _copy(shape: Shape, ref, row, column, smem, part: int, size: int, ready) -> 
         plgpu.copy_gmem_to_smem(ref.at[row + token, heads], target, ready)
 
 
-def multiply(
-    shape: Shape, local, work: Work, products: type[Products], q_ref, scales, first_scale, out_ref, parts_ref, lse_ref,
-    *, q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, q_parts=None,
-    k_wide=None, v_wide=None, out_smem=None, part_smem=None, **memory,
-):  # fmt: skip
-    """The warpgroup that computes."""
-    own, width = products(shape, local, **memory), products.width(shape.head_dim)
-    sums = functools.partial(sums_of_columns, interpreted=shape.interpreted)
-    tokens, stages = shape.tile_tokens, shape.tiling.stages
-    rows = tuple(None if each is None else each.at[local] for each in (out_smem, part_smem))
+def multiply(shape: Shape, local, work: Work, products: type[Products], refs: Refs, scratch: dict[str, Any]) -> None:
+    """The warpgroup that computes for the stream with this number in its block; see `scratch_types`."""
+    _Computing(shape, local, work, products, refs, **scratch).run()
 
-    def load_q(number, request, token, head):
+
+class Refs(NamedTuple):
+    """What it reads and writes; see `_decode`."""
+
+    q: Any
+    scales: Any
+    first_scale: Any
+    """Where those of this layer begin in `scales`."""
+    out: Any
+    parts: Any
+    lse: Any
+
+
+class _State(NamedTuple):
+    """Of the softmax over the keys of a piece."""
+
+    tiles: jax.Array
+    """Of the stream, so far."""
+    maximum: jax.Array
+    total: jax.Array
+    """Sums of every eighth column: a thread adds up its own, and with others in the end only."""
+    acc: Parts
+
+
+class _Computing:
+    """See `multiply`."""
+
+    def __init__(
+        self, shape: Shape, local, work: Work, products: type[Products], refs: Refs, *, q_smem, k_smem, v_smem, q_ready,
+        k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, q_parts=None, k_wide=None, v_wide=None,
+        out_smem=None, part_smem=None, **memory,
+    ):  # fmt: skip
+        def own(array):
+            return None if array is None else array.at[local]
+
+        self.shape, self.local, self.work, self.refs = shape, local, work, refs
+        self.products, self.width = products(shape, local, **memory), products.width(shape.head_dim)
+        self.queries, self.queries_ready = own(q_smem), q_ready
+        self.query_parts, self.k_wide, self.v_wide = own(q_parts), own(k_wide), own(v_wide)
+        self.k, self.v = own(k_smem), own(v_smem)
+        self.k_ready, self.v_ready = (k_ready, k_tail_ready), (v_ready, v_tail_ready)
+        self.k_free, self.v_free = k_free, v_free
+        self.out_rows, self.part_rows = own(out_smem), own(part_smem)
+
+    def run(self) -> None:
+        """All that the stream has to do."""
+
+        @pl.when(self.work.num_pairs > 0)
+        def _():
+            self._load_queries(0, *self.work.first_queries)
+
+        self.work.each_piece(self._piece, jnp.int32(0))
+
+    def _load_queries(self, number, request, token, head) -> None:
         """For the piece of this number, of those of the stream."""
-        tile = shape.query_tile(request, token, lax.div(head, shape.together))
-        buffer, rows = lax.rem(number, 2), q_ref.shape[1]
-        target, ready = q_smem.at[local, buffer], q_ready.at[2 * local + buffer]
-        if q_parts is None:
-            plgpu.copy_gmem_to_smem(q_ref.at[tile], target.at[pl.ds(0, rows)], ready)
+        tile = self.shape.query_tile(request, token, lax.div(head, self.shape.together))
+        buffer, rows = lax.rem(number, 2), self.refs.q.shape[1]
+        target, ready = self.queries.at[buffer], self.queries_ready.at[2 * self.local + buffer]
+        if self.query_parts is None:
+            plgpu.copy_gmem_to_smem(self.refs.q.at[tile], target.at[pl.ds(0, rows)], ready)
             return
         for row in range(0, 2 * rows, BOX):
-            eight = q_ref.at[tile, pl.ds(row // (2 * BOX) * BOX, BOX)]
+            eight = self.refs.q.at[tile, pl.ds(row // (2 * BOX) * BOX, BOX)]
             plgpu.copy_gmem_to_smem(eight, target.at[pl.ds(row, BOX)], ready)
 
-    @pl.when(work.num_pairs > 0)
-    def _():
-        load_q(0, *work.first_queries)
-
-    def piece(piece: Piece, count):
+    def _piece(self, piece: Piece, before):
         # Ahead of its use: while memory is busy a copy takes microseconds.
-        @pl.when(piece.number + 1 < work.num_pairs)
+        @pl.when(piece.number + 1 < self.work.num_pairs)
         def _():
-            load_q(piece.number + 1, *work.queries_after(piece))
+            self._load_queries(piece.number + 1, *self.work.queries_after(piece))
 
-        buffer = lax.rem(piece.number, 2)
-        q = q_smem.at[local, buffer]
-        plgpu.barrier_wait(q_ready.at[2 * local + buffer])
-        whole = piece.whole_tiles(tokens)
-        scale: Any = shape.scale * _LOG2_E if shape.soft_cap is None else shape.scale / shape.soft_cap
-        if shape.quantized:
-            scale = scale * _of_rows(shape, scales, first_scale + piece.head)
-        if q_parts is not None:
-            twice, q = q, q_parts.at[local]
-            scale = scale * float8_queries.split(twice, q, interpreted=shape.interpreted)
-
-        def tile(tile, state, *, masked: bool):
-            count, maximum, total, acc = state
-            if shape.narrow:
-                # The second eights of rows hold nothing. What is the same as in the first ones is computed once.
-                maximum, total = (repeat_eights(each, interpreted=shape.interpreted) for each in (maximum, total))
-            stage = lax.rem(count, stages)
-            barrier = local * stages + stage
-            k, v = (_rows(shape, each.at[local, stage]) for each in (k_smem, v_smem))
-            first = piece.first + tile * tokens
-            _wait(k_ready, k_tail_ready, barrier, tile >= whole, masked)
-            if k_wide is not None:
-                _widen(k, k_wide.at[local])
-                plgpu.barrier_arrive(k_free.at[barrier])
-                k = k_wide.at[local]
-
-            def meanwhile():
-                if v_wide is not None:
-                    _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
-                    _widen(v, v_wide.at[local], functools.partial(_inside, shape, piece, first) if masked else None)
-                    plgpu.barrier_arrive(v_free.at[barrier])
-
-            qk = own.scores(q, k, meanwhile)
-            if v_wide is not None:
-                v = v_wide.at[local]
-            if k_wide is None:
-                plgpu.barrier_arrive(k_free.at[barrier])
-            if shape.narrow:
-                qk = _add_eights(shape, qk)
-            qk = _times(qk, scale)
-            if shape.soft_cap is not None:
-                qk = jnp.tanh(qk) * (shape.soft_cap * _LOG2_E)
-            if masked:
-                qk = jnp.where(_visible(shape, piece, first), qk, -jnp.inf)
-            if shape.together > 1:
-                qk = jnp.where(_own_head(shape), qk, -jnp.inf)
-            if shape.narrow:
-                qk = repeat_eights(qk, interpreted=shape.interpreted)
-            new_maximum = jnp.maximum(maximum, qk.max(axis=1))
-            base = new_maximum
-            if not shape.all_see_keys:
-                base = jnp.where(new_maximum == -jnp.inf, jnp.zeros_like(new_maximum), new_maximum)
-            shrink = jnp.exp2(maximum - base)
-            weights = jnp.exp2(qk - lax.broadcast_in_dim(base, qk.shape, [0]))
-            total = total * lax.broadcast_in_dim(shrink, total.shape, [0]) + sums(weights)
-            if shape.narrow:
-                weights = zero_second_eights(weights, interpreted=shape.interpreted)
-            weights = weights.astype(v.dtype)
-            if v_wide is None:
-                _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
-                if masked:
-                    _clear_unseen(shape, v, piece, first)
-            acc = own.add(acc, functools.partial(_shrunk, shape, shrink), weights, v)
-            if v_wide is None:
-                plgpu.barrier_arrive(v_free.at[barrier])
-            return count + 1, new_maximum, total, acc
-
-        row = plgpu.Layout.WGMMA.reduce(1)
-        state = (
-            count,
-            plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), row),
-            # Sums of every eighth column: a thread adds up its own, and with others in the end only.
-            plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), plgpu.Layout.WGMMA),
-            tuple(
-                plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
-                for _ in range(0, shape.head_dim, width)
-            ),
-        )
-        masked_before, plain_end, tiles = _tile_kinds(shape, piece)
-        if shape.window is not None:
+        tile = functools.partial(self._tile, piece, *self._begin(piece))
+        masked_before, plain_end, tiles = _tile_kinds(self.shape, piece)
+        state = self._nothing(before)
+        if self.shape.window is not None:
             state = lax.fori_loop(0, masked_before, functools.partial(tile, masked=True), state)
         state = lax.fori_loop(masked_before, plain_end, functools.partial(tile, masked=False), state)
-        count, maximum, total, acc = lax.fori_loop(plain_end, tiles, functools.partial(tile, masked=True), state)
-        total = total.sum(axis=1)
+        state = lax.fori_loop(plain_end, tiles, functools.partial(tile, masked=True), state)
 
-        @pl.when(piece.first < piece.end)
+        total = state.total.sum(axis=1)
+        pl.when(piece.first < piece.end)(lambda: self._store(piece, state.maximum, total, state.acc))
+        return state.tiles
+
+    def _begin(self, piece: Piece) -> tuple[Any, Any, jax.Array]:
+        """The left operand of scores, what they are to be multiplied by, and how many tiles of the piece are whole."""
+        shape = self.shape
+        buffer = lax.rem(piece.number, 2)
+        q = self.queries.at[buffer]
+        plgpu.barrier_wait(self.queries_ready.at[2 * self.local + buffer])
+        whole = piece.whole_tiles(shape.tile_tokens)
+        scale: Any = shape.scale * _LOG2_E if shape.soft_cap is None else shape.scale / shape.soft_cap
+        if shape.quantized:
+            scale = scale * _of_rows(shape, self.refs.scales, self.refs.first_scale + piece.head)
+        if self.query_parts is not None:
+            scale = scale * float8_queries.split(q, self.query_parts, interpreted=shape.interpreted)
+            q = self.query_parts
+        return q, scale, whole
+
+    def _nothing(self, tiles) -> _State:
+        """Of no keys yet, after so many tiles of other pieces."""
+        whole, width = plgpu.Layout.WGMMA, self.width
+        return _State(
+            tiles,
+            plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), whole.reduce(1)),
+            plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), whole),
+            tuple(
+                plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), whole)
+                for _ in range(0, self.shape.head_dim, width)
+            ),
+        )
+
+    def _tile(self, piece: Piece, q, scale, whole, tile, state: _State, *, masked: bool) -> _State:
+        """Adds a tile of K and V."""
+        shape = self.shape
+        if shape.narrow:
+            # The second eights of rows hold nothing. What is the same as in the first ones is computed once.
+            again = functools.partial(repeat_eights, interpreted=shape.interpreted)
+            state = state._replace(maximum=again(state.maximum), total=again(state.total))
+        stage = lax.rem(state.tiles, shape.tiling.stages)
+        barrier = self.local * shape.tiling.stages + stage
+        k, v = (_rows(shape, each.at[stage]) for each in (self.k, self.v))
+        first = piece.first + tile * shape.tile_tokens
+        _wait(*self.k_ready, barrier, tile >= whole, masked)
+        if self.k_wide is not None:
+            _widen(k, self.k_wide)
+            plgpu.barrier_arrive(self.k_free.at[barrier])
+            k = self.k_wide
+
+        def meanwhile():
+            if self.v_wide is not None:
+                _wait(*self.v_ready, barrier, tile >= whole, masked)
+                _widen(v, self.v_wide, functools.partial(_inside, shape, piece, first) if masked else None)
+                plgpu.barrier_arrive(self.v_free.at[barrier])
+
+        qk = self.products.scores(q, k, meanwhile)
+        if self.k_wide is None:
+            plgpu.barrier_arrive(self.k_free.at[barrier])
+        maximum, shrink, total, weights = _weighed(shape, piece, first, qk, scale, state, masked)
+        weights = weights.astype(v.dtype if self.v_wide is None else self.v_wide.dtype)
+        if self.v_wide is None:
+            _wait(*self.v_ready, barrier, tile >= whole, masked)
+            if masked:
+                _clear_unseen(shape, v, piece, first)
+        shrunk = functools.partial(_shrunk, shape, shrink)
+        acc = self.products.add(state.acc, shrunk, weights, v if self.v_wide is None else self.v_wide)
+        if self.v_wide is None:
+            plgpu.barrier_arrive(self.v_free.at[barrier])
+        return _State(state.tiles + 1, maximum, total, acc)
+
+    def _store(self, piece: Piece, maximum: jax.Array, total: jax.Array, acc: Parts) -> None:
+        """Writes what was found for a piece to where it belongs."""
+        shape, refs = self.shape, self.refs
+        divisor = total if shape.all_see_keys else jnp.where(total == 0, jnp.ones_like(total), total)
+        factor = 1 / divisor
+        if shape.quantized:
+            factor *= _of_rows(shape, refs.scales, refs.first_scale + shape.num_kv_heads + piece.head)
+        result = tuple(_times(part, factor) for part in acc)
+        is_final = piece.is_whole if shape.direct else False
+
+        @pl.when(is_final)
         def _():
-            divisor = total if shape.all_see_keys else jnp.where(total == 0, jnp.ones_like(total), total)
-            factor = 1 / divisor
-            if shape.quantized:
-                factor *= _of_rows(shape, scales, first_scale + shape.num_kv_heads + piece.head)
-            result = tuple(_times(part, factor) for part in acc)
-            is_final = piece.is_whole if shape.direct else False
+            low = shape.first_row(piece.head, 0)
+            high = low + piece.of.queries * shape.set_heads
+            at = piece.of.out, piece.head * shape.group
+            _store(result, shape, refs.out, *at, low, high, shape.set_heads, self.out_rows)
 
-            @pl.when(is_final)
-            def _():
-                low = shape.first_row(piece.head, 0)
-                high = low + piece.of.queries * shape.set_heads
-                at = piece.of.out, piece.head * shape.group
-                _store(result, shape, out_ref, *at, low, high, shape.set_heads, rows[0])
+        @pl.when(jnp.logical_not(is_final))
+        def _():
+            segment = piece.pair + self.work.stream
+            _store(result, shape, refs.parts, segment, 0, 0, shape.rows, shape.rows, self.part_rows)
+            refs.lse[segment] = maximum + jnp.log2(total)
 
-            @pl.when(jnp.logical_not(is_final))
-            def _():
-                segment = piece.pair + work.stream
-                _store(result, shape, parts_ref, segment, 0, 0, shape.rows, shape.rows, rows[1])
-                lse_ref[segment] = maximum + jnp.log2(total)
 
-        return count
+def _weighed(
+    shape: Shape, piece: Piece, first, qk: jax.Array, scale, state: _State, masked: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """A step of the online softmax (Milakov and Gimelshein, 2018).
 
-    work.each_piece(piece, jnp.int32(0))
+    Args:
+      first: key with which the tile begins.
+      qk: products, `[ROWS, block_k]`.
+
+    Returns:
+      The new maximum of each row, by what it shrinks what there was, the new totals, and the weights of the keys.
+    """
+    if shape.narrow:
+        qk = _add_eights(shape, qk)
+    qk = _times(qk, scale)
+    if shape.soft_cap is not None:
+        qk = jnp.tanh(qk) * (shape.soft_cap * _LOG2_E)
+    if masked:
+        qk = jnp.where(_visible(shape, piece, first), qk, -jnp.inf)
+    if shape.together > 1:
+        qk = jnp.where(_own_head(shape), qk, -jnp.inf)
+    if shape.narrow:
+        qk = repeat_eights(qk, interpreted=shape.interpreted)
+    maximum = jnp.maximum(state.maximum, qk.max(axis=1))
+    base = maximum
+    if not shape.all_see_keys:
+        base = jnp.where(maximum == -jnp.inf, jnp.zeros_like(maximum), maximum)
+    shrink = jnp.exp2(state.maximum - base)
+    weights = jnp.exp2(qk - lax.broadcast_in_dim(base, qk.shape, [0]))
+    sums = sums_of_columns(weights, interpreted=shape.interpreted)
+    total = state.total * lax.broadcast_in_dim(shrink, state.total.shape, [0]) + sums
+    if shape.narrow:
+        weights = zero_second_eights(weights, interpreted=shape.interpreted)
+    return maximum, shrink, total, weights
 
 
 def _store(result: Parts, shape: Shape, ref, token, head, low, high, group: int, rows) -> None:

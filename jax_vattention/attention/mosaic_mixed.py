@@ -174,9 +174,8 @@ def _mixed(
         def decodes():
             @pl.when(warpgroup == 0)
             def _():
-                mosaic_decode.multiply(
-                    decode, local, reading, mosaic_decode.Wgmma, q_tiles, None, 0, out_ref, parts_ref, lse_ref, **own
-                )
+                refs = mosaic_decode.Refs(q_tiles, None, 0, out_ref, parts_ref, lse_ref)
+                mosaic_decode.multiply(decode, local, reading, mosaic_decode.Wgmma, refs, own)
 
         def prefills():
             sink = sinks[0] if has_sinks else None
