@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from benchmarks import _attention, _machine, decode, prefill
 from benchmarks._attention import Outcome, Sizes
 from benchmarks._report import Column, Report, Table
-from jax_vattention.attention import mosaic_decode, mosaic_prefill, tilings
+from jax_vattention.attention import decode_shape, mosaic_decode, mosaic_prefill, tilings
 
 FILE = Path(tilings.__file__).with_suffix(".json")
 _LEAST_GAIN = 0.01
@@ -53,7 +53,7 @@ class Kernel(NamedTuple):
 KERNELS = {
     "mosaic_decode": Kernel(
         mosaic_decode,
-        mosaic_decode.default_tiling,
+        decode_shape.default_tiling,
         {"block_k": (64, 128), "stages": (2, 3), "streams": (1, 2), "together": (1, 8)},
         ("8x16384", "256x1024"),
         (64, 96, 128, 192, 256),

@@ -14,7 +14,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mosaic_interpreter import interpreter
 
 from jax_vattention import KVCacheSpec, LayerGroup, attention
-from jax_vattention.attention import float8_queries, mosaic_decode, mosaic_mixed, mosaic_prefill, pallas_mosaic
+from jax_vattention.attention import (
+    decode_shape,
+    float8_queries,
+    mosaic_decode,
+    mosaic_mixed,
+    mosaic_prefill,
+    pallas_mosaic,
+)
 from jax_vattention.attention.features import Features
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -57,7 +64,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 def test_in_the_interpreter(lengths, options):
     options = {"blocks": 2, "together": 8} | options
     sizes = {name: options.pop(name) for name in ("blocks", "streams", "block_k", "together") if name in options}
-    check_decode(mosaic_decode.run, lengths, tiling=mosaic_decode.Tiling(**sizes), **options)
+    check_decode(mosaic_decode.run, lengths, tiling=decode_shape.Tiling(**sizes), **options)
 
 
 def split_queries(twice, interpret):

@@ -21,7 +21,7 @@ from benchmarks._attention import Outcome
 from benchmarks._report import Column, Report, Table
 from benchmarks._timing import Timing, back_to_back, interleave
 from jax_vattention import KVCacheSpec
-from jax_vattention.attention import mosaic_decode
+from jax_vattention.attention import decode_shape
 from jax_vattention.attention.tilings import tuned
 
 
@@ -484,7 +484,7 @@ def test_tilings_that_are_shipped():
         default = tune.KERNELS[row["kernel"]].default(row["head_dim"], jnp.dtype(row["kv_dtype"]))
         found = tuned(default, row["kernel"], row["head_dim"], row["kv_dtype"])
         assert dataclasses.asdict(found) == dataclasses.asdict(default) | row["tiling"]
-    assert tuned(mosaic_decode.Tiling(), "mosaic_decode", 72, jnp.bfloat16) == mosaic_decode.Tiling()
+    assert tuned(decode_shape.Tiling(), "mosaic_decode", 72, jnp.bfloat16) == decode_shape.Tiling()
 
 
 def test_a_limit_leaves_rows_out_and_says_so(tmp_path):

@@ -16,8 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention import mosaic_decode
+from jax_vattention.attention.decode_shape import Shape, Tiling
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_decode import Parts, Shape, Tiling
+from jax_vattention.attention.mosaic_decode import Parts
 from jax_vattention.attention.mosaic_decode import refusal as refusal
 from jax_vattention.attention.mosaic_view import ROWS, swizzled
 from jax_vattention.batch import RaggedBatch

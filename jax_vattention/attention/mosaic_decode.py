@@ -12,7 +12,6 @@ manager maps, and in the place of a box without a token of the request the first
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention import decode_split, float8_queries
+from jax_vattention.attention.decode_shape import Shape, Tiling, default_tiling
 from jax_vattention.attention.decode_split import GRAIN, Piece, Work
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_products import sums_of_columns
@@ -44,215 +44,8 @@ from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
 _LOG2_E = math.log2(math.e)
-_BLOCKS = 128
-"""Of the 132 multiprocessors of an H100 or H200, which read no faster. Pairs of one length whose number is a power of
-two are shared out without a rest, so that few of them are split or none."""
-_SHORT = 256
-"""Bytes of a row of K or V, of one head of a token: shorter ones are read with those of other heads."""
-
 Parts = tuple[jax.Array, ...]
 """An array of `ROWS` rows in parts of `Products.width` columns each."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """What may be tuned: shared memory holds `block_k * stages` tokens of K and V for each of the streams."""
-
-    block_k: int = 64
-    """Rows of a tile of K or V: a row is one head of a token."""
-    stages: int = 2
-    """Tiles of a stream that are in flight or being read."""
-    streams: int = 1
-    """Of a block."""
-    blocks: int = _BLOCKS
-    together: int = 1
-    """KV heads of a tile, 1 or 8: tokens are read with all of these heads at once, if there are as many."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Static sizes of a kernel."""
-
-    num_kv_heads: int
-    group: int
-    head_dim: int
-    queries: int
-    """Most of a request."""
-    tiling: Tiling
-    scale: float
-    soft_cap: float | None
-    window: int | None
-    prefixes: bool
-    quantized: bool
-    """K and V are float8. V is multiplied as float16, which holds all of its values, and K if it is not `narrow`."""
-    narrow_products: bool
-    """Of two float8 matrices: whether there are any."""
-    paged: bool
-    """See `run`."""
-    direct: bool
-    """Results of a pair that one stream reads all of are final; others, and all with sinks, are to be joined."""
-    interpreted: bool
-    layer_stride: int
-    """See `Columns`, as for `v_column`."""
-    v_column: int
-
-    @classmethod
-    def of(
-        cls,
-        q: jax.Array,
-        view: LayerView,
-        batch: RaggedBatch,
-        features: Features,
-        *,
-        scale: float,
-        tiling: Tiling,
-        products: type[Products],
-        paged: bool = False,
-        interpret: Any = False,
-    ) -> Shape:
-        """Those of a kernel for these arguments."""
-        columns = Columns.of(view)
-        return cls(
-            num_kv_heads=view.num_kv_heads,
-            group=q.shape[1] // view.num_kv_heads,
-            head_dim=q.shape[2],
-            queries=batch.max_q_len,
-            tiling=tiling,
-            scale=scale,
-            soft_cap=features.soft_cap,
-            window=view.window,
-            prefixes=features.prefix_lens is not None,
-            quantized=view.scale_table is not None,
-            narrow_products=products.narrow,
-            paged=paged,
-            direct=features.sinks is None,
-            interpreted=bool(interpret),
-            layer_stride=columns.layer_stride,
-            v_column=columns.v_column,
-        )
-
-    def parts(self, batch: RaggedBatch) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """What the kernel writes for `decode_split.join`, beside final results."""
-        segments = batch.num_requests * self.sets + self.streams
-        return (
-            jax.ShapeDtypeStruct((segments, self.rows, self.head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((segments, ROWS), jnp.float32),
-        )
-
-    @property
-    def rows(self) -> int:
-        """Rows of the query tile that are copied: of each query all the query heads of a set."""
-        return -(-self.queries * self.set_heads // BOX) * BOX
-
-    @property
-    def narrow(self) -> bool:
-        """Whether float8 keys are multiplied as such, with queries in two parts, one eight of rows below the other."""
-        return self.quantized and self.narrow_products and 2 * self.rows <= ROWS
-
-    @property
-    def widened(self) -> tuple[str, ...]:
-        """What is converted to float16 in shared memory."""
-        return () if not self.quantized else ("v_wide",) if self.narrow else ("k_wide", "v_wide")
-
-    @property
-    def together(self) -> int:
-        """KV heads of a set. Their rows are products of one tile of K, in which each sees every so many columns.
-
-        The rows of a `wgmma` would be idle otherwise. What one set reads of a token is one stretch of memory, and as
-        layers are interleaved, no other stream has to come to the same page for another head.
-        """
-        many, rows = self.tiling.together, ROWS // 2 if self.quantized and self.narrow_products else ROWS
-        fits = self.num_kv_heads % many == 0 and many * self.group * self.queries <= rows
-        return many if fits else 1
-
-    @property
-    def sets(self) -> int:
-        """Of KV heads."""
-        return self.num_kv_heads // self.together
-
-    @property
-    def set_heads(self) -> int:
-        """Query heads of a set."""
-        return self.together * self.group
-
-    @property
-    def tile_tokens(self) -> int:
-        """Tokens of a tile of K or V."""
-        return self.tiling.block_k // self.together
-
-    @property
-    def tile(self) -> tuple[int, ...]:
-        """Sizes of a tile of K or V in shared memory; the same memory as `[block_k, head_dim]`."""
-        if self.together == 1 or self.interpreted:  # to the interpreter it is another shape
-            return self.tiling.block_k, self.head_dim
-        return self.tile_tokens, self.together, self.head_dim
-
-    @property
-    def sharing(self) -> int:
-        """KV heads whose query heads are neighbours in one query tile; each uses rows of its own."""
-        if self.together > 1:
-            return self.together
-        fits = self.queries == 1 and BOX % self.group == 0 and self.num_kv_heads * self.group % BOX == 0
-        return BOX // self.group if fits else 1
-
-    def query_tile(self, request: jax.Array, token: jax.Array, number: jax.Array) -> jax.Array:
-        """Which of `query_tiles` holds the query heads of the set of this number."""
-        row = token if self.queries == 1 else request
-        return lax.div((row * self.sets + number) * self.together, self.sharing)
-
-    def first_row(self, head: jax.Array, query: Any) -> jax.Array:
-        """Row in a query tile of the first query head of a KV head, for a request's query of this number."""
-        return lax.rem(head, self.sharing) * self.group + query * self.set_heads
-
-    def row_of(self, product_row: jax.Array) -> jax.Array:
-        """Row of the query tile that a row of a product is of."""
-        return float8_queries.row_at(product_row) if self.narrow else product_row
-
-    def product_row(self, row: jax.Array) -> jax.Array:
-        """Row of a product that has the result of a row of the query tile."""
-        return float8_queries.place(row) if self.narrow else row
-
-    @property
-    def reads_queries(self) -> bool:
-        """Whether `query_tiles` is the memory of the queries: requests have one query, and rows need no padding."""
-        return self.queries == 1 and (self.sharing > 1 or self.set_heads == self.rows)
-
-    def query_tiles(self, q: jax.Array, batch: RaggedBatch) -> jax.Array:
-        """`[tiles, rows, head_dim]`."""
-        if self.reads_queries:
-            return q.reshape(-1, self.rows, self.head_dim)
-        if self.queries == 1:
-            q = q.reshape(-1, self.set_heads, self.head_dim)
-        else:
-            at = batch.q_starts[:, None] + jnp.arange(self.queries, dtype=jnp.int32)
-            q = q[jnp.minimum(at, q.shape[0] - 1)].reshape(-1, self.queries, self.sets, self.set_heads, self.head_dim)
-            q = q.swapaxes(1, 2).reshape(-1, self.queries * self.set_heads, self.head_dim)
-        return jnp.pad(q, ((0, 0), (0, self.rows - q.shape[1]), (0, 0)))
-
-    @property
-    def copies(self) -> int:
-        """That a whole tile of K or V takes."""
-        return max(1, self.tile_tokens // GRAIN) if self.paged else 1
-
-    @property
-    def arrivals(self) -> int:
-        """Of each of these copies; the interpreter has no other way than one for each token of a set's heads."""
-        return self.tile_tokens // self.copies if self.interpreted and self.together > 1 else 1
-
-    @property
-    def streams(self) -> int:
-        """Of all blocks."""
-        return self.tiling.blocks * self.tiling.streams
-
-    @property
-    def one_limit(self) -> bool:
-        """Whether all rows of a query tile see the same keys of their head."""
-        return self.queries == 1
-
-    @property
-    def all_see_keys(self) -> bool:
-        """Whether a row that sees none of a tile's keys has seen some before."""
-        return self.one_limit and self.window is None
 
 
 class Products(Protocol):
@@ -362,8 +155,8 @@ def run(
     columns = Columns.of(view)
     tiling = tiling or tuned(default_tiling(view.head_dim, view.k.dtype), "mosaic_decode", view.head_dim, view.k.dtype)
     shape = Shape.of(
-        q, view, batch, features, scale=scale, tiling=tiling, products=products, paged=page_table is not None,
-        interpret=interpret,
+        q, view, batch, features, scale=scale, tiling=tiling, narrow_products=products.narrow,
+        paged=page_table is not None, interpret=interpret,
     )  # fmt: skip
     split = decode_split.split(
         batch, view, features, tokens=q.shape[0], sets=shape.sets, streams=shape.streams, interpret=interpret_tables
@@ -399,14 +192,6 @@ def run(
         out, parts, lse, split, order, features, heads=view.num_kv_heads, sets=shape.sets, first_row=shape.first_row,
         product_row=shape.product_row, whole_are_there=shape.direct, interpret=interpret_tables,
     )  # fmt: skip
-
-
-def default_tiling(head_dim: int, kv_dtype: Any) -> Tiling:
-    """Where nothing was tuned. What is read of one token at once is no less than `_SHORT` bytes, if it can be."""
-    if head_dim * jnp.dtype(kv_dtype).itemsize >= _SHORT:
-        return Tiling()
-    # As many bytes in a tile as of rows that are not short.
-    return Tiling(block_k=128 if head_dim <= 128 else 64, together=BOX)
 
 
 def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> dict[str, Any]:

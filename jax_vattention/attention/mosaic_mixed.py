@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention import decode_split, mosaic_decode, mosaic_prefill, prefill_split
+from jax_vattention.attention import decode_shape, decode_split, mosaic_decode, mosaic_prefill, prefill_split
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_view import BOX, Columns
 from jax_vattention.attention.tilings import tuned
@@ -45,11 +45,11 @@ def run(
     """See `attention`; returns `(out, order)`. Requests of one query are decodes."""
     head_dim, dtype = q.shape[2], view.k.dtype
     tiling = tiling or tuned(mosaic_prefill.Tiling(), "mosaic_prefill", head_dim, dtype)
-    decode_tiling = mosaic_decode.Tiling(blocks=tiling.blocks, together=BOX)
+    decode_tiling = decode_shape.Tiling(blocks=tiling.blocks, together=BOX)
     decodes, first, chunks = parted(q, batch)
     one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
-    decode = mosaic_decode.Shape.of(
-        q, view, decodes, one, scale=scale, tiling=decode_tiling, products=mosaic_decode.Wgmma, interpret=interpret
+    decode = decode_shape.Shape.of(
+        q, view, decodes, one, scale=scale, tiling=decode_tiling, narrow_products=True, interpret=interpret
     )
     prefill = mosaic_prefill.shape_of(q, view, features, scale=scale, tiling=tiling, interpret=interpret)
     schedule = prefill_split.schedule(
@@ -109,7 +109,7 @@ def placed(decoded: jax.Array, out: jax.Array, batch: RaggedBatch) -> jax.Array:
 
 
 def _scratch(
-    decode: mosaic_decode.Shape, prefill: mosaic_prefill.Shape, tiling: mosaic_prefill.Tiling, dtype: Any
+    decode: decode_shape.Shape, prefill: mosaic_prefill.Shape, tiling: mosaic_prefill.Tiling, dtype: Any
 ) -> dict[str, Any]:
     """Shared memory, which a block uses for one thing or the other, and the barriers of both."""
     both = (
@@ -128,7 +128,7 @@ def _by_kind(scratch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _mixed(
     q_ref, q_tiles, k_ref, v_ref, tiles, gaps, counts, requests, streams, layer_ref, order, *refs,
-    decode: mosaic_decode.Shape, prefill: mosaic_prefill.Shape, tiling: mosaic_prefill.Tiling, has_sinks: bool, memory,
+    decode: decode_shape.Shape, prefill: mosaic_prefill.Shape, tiling: mosaic_prefill.Tiling, has_sinks: bool, memory,
     barriers, between,
 ):  # fmt: skip
     """One block. Arguments are those of the two kernels."""
