@@ -375,17 +375,18 @@ def _join_kernel(
     @pl.when(to_do)
     def _():
         row = jnp.where(request < 0, token, requests[jnp.maximum(request, 0), OUT] + query)
-        own_rows = first_row(head, query) + jnp.arange(pl.next_power_of_2(out_ref.shape[1] // heads))
-        _join_pair(
-            head, row, first, end, own_rows, product_row(own_rows), dim, parts, lse, sinks, out_ref, heads, segments
-        )
+        low = first_row(head, query)
+        _join_pair(head, row, first, end, low, product_row, dim, parts, lse, sinks, out_ref, heads, segments)
 
 
-def _join_pair(head, token, first, end, own_rows, lse_rows, dim, parts, lse, sinks, out_ref, heads: int, segments: int):
-    """Columns `dim` of some rows of segments `first .. end - 1`, `segments` of them at first."""
+def _join_pair(
+    head, token, first, end, low, product_row, dim, parts, lse, sinks, out_ref, heads: int, segments: int
+):  # fmt: skip
+    """Columns `dim` of the rows from `low` on of segments `first .. end - 1`, `segments` of them at first."""
     group, head_dim = out_ref.shape[1] // heads, out_ref.shape[2]
     rows = jnp.arange(pl.next_power_of_2(group))
-    used = rows < group
+    used, own_rows = rows < group, low + rows
+    lse_rows = product_row(own_rows)
     tile_used = used[:, None] & (dim < head_dim)[None, :]
 
     def add(chunk: int, begin, i, state):
