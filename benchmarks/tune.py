@@ -17,8 +17,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 from benchmarks import _attention, _machine, decode, prefill
 from benchmarks._attention import Outcome, Sizes
 from benchmarks._report import Column, Report, Table
@@ -33,20 +31,20 @@ class Kernel(NamedTuple):
     """What is tuned: the values of each field of its `Tiling` that are tried, and on which shapes."""
 
     module: ModuleType
-    default: Callable[[int, Any], Any]
+    default: Callable[[int, str], Any]
     """Its `Tiling` for a head dim and a dtype of K and V, where nothing was tuned."""
     fields: dict[str, tuple[Any, ...]]
     works: tuple[str, ...]
     head_dims: tuple[int, ...]
     kv_dtypes: tuple[str, ...]
 
-    def candidates(self, head_dim: int, kv_dtype: str) -> Iterator[dict[str, Any]]:
-        """The defaults, then all others."""
-        default = dataclasses.asdict(self.default(head_dim, jnp.dtype(kv_dtype)))
-        yield {name: default[name] for name in self.fields}
+    def candidates(self, default: Any) -> Iterator[dict[str, Any]]:
+        """The fields of this default, then all others."""
+        own = {name: getattr(default, name) for name in self.fields}
+        yield own
         for values in itertools.product(*self.fields.values()):
             found = dict(zip(self.fields, values, strict=True))
-            if any(found[name] != default[name] for name in found):
+            if found != own:
                 yield found
 
 
@@ -124,10 +122,10 @@ def _measured(
     kernel: Kernel, sizes: Sizes, kv_dtype: str, seconds: float, limit: _attention.Limit
 ) -> list[tuple[dict[str, Any], list[Outcome]]]:
     """Each candidate and its outcome on each shape."""
-    default = kernel.default(sizes.head_dim, jnp.dtype(kv_dtype))
+    default = kernel.default(sizes.head_dim, kv_dtype)
     timers = {
         json.dumps(fields): _timer(kernel.module, dataclasses.replace(default, **fields))
-        for fields in kernel.candidates(sizes.head_dim, kv_dtype)
+        for fields in kernel.candidates(default)
     }
     found: dict[str, list[Outcome]] = {name: [] for name in timers}
     for work in kernel.works:

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_vattention import KVCache
+from jax_vattention.cache import LayerView
 from jax_vattention.scales import FLOAT8_MAX, cache_scales
 
 
@@ -23,6 +24,13 @@ def abstract_cache(spec):
     )
     mapped = tuple(int32(2, spec.num_slots) for _ in views)
     return KVCache(views, mapped, int32(4), spec, jax.eval_shape(lambda: cache_scales(spec)))
+
+
+def view_without_contents(slots, slot_tokens, *, window=None, mapped_first=None):
+    """A layer's view for what looks at its sizes and at what is mapped: from `mapped_first` of each slot to its end."""
+    bounds = [[0] * slots if mapped_first is None else mapped_first, [slot_tokens] * slots]
+    k = jnp.zeros((slots, slot_tokens, 1, 8), jnp.float32)
+    return LayerView(k, k, jnp.int32(0), jnp.asarray(bounds, jnp.int32), window)
 
 
 def fitting_scales(kv):

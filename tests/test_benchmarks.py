@@ -469,8 +469,8 @@ def test_tune_writes_the_fastest_where_it_is_faster_than_noise(tmp_path):
 def test_what_is_tuned_is_what_the_kernels_have():
     for name, kernel in tune.KERNELS.items():
         for head_dim, kv_dtype in itertools.product(kernel.head_dims, kernel.kv_dtypes):
-            default = kernel.default(head_dim, jnp.dtype(kv_dtype))
-            candidates = list(kernel.candidates(head_dim, kv_dtype))
+            default = kernel.default(head_dim, kv_dtype)
+            candidates = list(kernel.candidates(default))
             assert all(dataclasses.replace(default, **fields) for fields in candidates)
             assert dataclasses.replace(default, **candidates[0]) == default
             assert len({json.dumps(fields) for fields in candidates}) == len(candidates)
@@ -481,7 +481,7 @@ def test_tilings_that_are_shipped():
     rows = json.loads(tune.FILE.read_text())["rows"]
     assert len({tune._key(row) for row in rows}) == len(rows)
     for row in rows:
-        default = tune.KERNELS[row["kernel"]].default(row["head_dim"], jnp.dtype(row["kv_dtype"]))
+        default = tune.KERNELS[row["kernel"]].default(row["head_dim"], row["kv_dtype"])
         found = tuned(default, row["kernel"], row["head_dim"], row["kv_dtype"])
         assert dataclasses.asdict(found) == dataclasses.asdict(default) | row["tiling"]
     assert tuned(decode_shape.Tiling(), "mosaic_decode", 72, jnp.bfloat16) == decode_shape.Tiling()

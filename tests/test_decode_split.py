@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from caches import view_without_contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,17 +14,10 @@ from jax_vattention import RaggedBatch
 from jax_vattention.attention import decode_split
 from jax_vattention.attention.decode_split import FIRST_KEY, FIRST_PAIR, FIRST_REQUEST, GRAIN, NUM_PAIRS, NUM_UNITS
 from jax_vattention.attention.features import Features
-from jax_vattention.cache import LayerView
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
 BOX, SLOT_TOKENS, SLOTS, TOKENS, SETS, GROUP, DIM = 8, 2048, 6, 8, 2, 3, 8
-
-
-def view_of(window=None, mapped=(0,) * SLOTS):
-    bounds = jnp.asarray([mapped, [SLOT_TOKENS] * SLOTS], jnp.int32)
-    k = jnp.zeros((SLOTS, SLOT_TOKENS, 1, 8), jnp.float32)
-    return LayerView(k, k, jnp.int32(0), bounds, window)
 
 
 @functools.partial(jax.jit, static_argnames=("sets", "streams"))
@@ -84,7 +78,7 @@ def batches(draw):
 
 def make(requests, **of_view):
     columns = (jnp.asarray(each, jnp.int32) for each in zip(*requests, strict=True))
-    return RaggedBatch(*columns, max_q_len=2), view_of(**of_view)
+    return RaggedBatch(*columns, max_q_len=2), view_without_contents(SLOTS, SLOT_TOKENS, **of_view)
 
 
 @settings(max_examples=40, deadline=None)
@@ -94,7 +88,7 @@ def make(requests, **of_view):
     st.lists(st.sampled_from([0, 5, 64]), min_size=SLOTS, max_size=SLOTS),
 )
 def test_every_key_is_one_streams_and_all_have_the_same_number_of_units(requests, window, mapped):
-    batch, view = make(requests, window=window, mapped=tuple(mapped))
+    batch, view = make(requests, window=window, mapped_first=mapped)
     table = split(batch, view, streams=5)
     bounds = first_keys(requests, window, mapped)
     units = np.asarray(table.streams)[:, NUM_UNITS]

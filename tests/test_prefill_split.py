@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from caches import view_without_contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from jax_vattention import RaggedBatch
 from jax_vattention.attention import prefill_split
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.prefill_split import Sizes, Tile
-from jax_vattention.cache import LayerView
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
@@ -78,9 +78,7 @@ def check(requests, tokens, *, block_q=128, block_k=64, window=None, mapped=(0,)
         jnp.asarray(each, jnp.int32) for each in zip(*requests, strict=True)
     )
     batch = RaggedBatch(slots, starts, q_lens, kv_lens, max_q_len=300)
-    bounds = jnp.asarray([mapped, [SLOT_TOKENS] * SLOTS], jnp.int32)
-    k = jnp.zeros((SLOTS, SLOT_TOKENS, 1, 8), jnp.float32)
-    view = LayerView(k, k, jnp.int32(0), bounds, window)
+    view = view_without_contents(SLOTS, SLOT_TOKENS, window=window, mapped_first=mapped)
     features = Features(prefix_lens=prefix_lens if prefixes else None)
     found = _schedule(batch, view, features, sizes, others)
     tiles, gaps = model(requests, sizes, window=window, mapped=mapped)
@@ -111,7 +109,6 @@ def test_slots_that_do_not_exist_are_cut_to_those_that_do():
     requests = [(SLOTS + 3, 0, 5, 5, 0, 0)]
     sizes = Sizes(5, 128, 128, 64)
     batch = RaggedBatch(*(jnp.asarray([each], jnp.int32) for each in requests[0][:4]), max_q_len=5)
-    k = jnp.zeros((SLOTS, SLOT_TOKENS, 1, 8), jnp.float32)
-    view = LayerView(k, k, jnp.int32(0), jnp.zeros((2, SLOTS), jnp.int32), None)
+    view = view_without_contents(SLOTS, SLOT_TOKENS)
     found = prefill_split.schedule(batch, view, Features(), sizes, interpret=True)
     assert Tile(*found.tiles[0, : len(Tile._fields)].tolist()).row == (SLOTS - 1) * SLOT_TOKENS

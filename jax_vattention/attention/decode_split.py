@@ -236,10 +236,10 @@ class Work:
     """What one stream has to do: its part of the row of keys, piece by piece. Read in a kernel."""
 
     requests: Any
-    """As `streams` of `Split`."""
+    """See `Split`, as for `streams`."""
     streams: Any
     stream: jax.Array
-    """Which."""
+    """Row of `streams`."""
     together: int
     """KV heads of a set."""
 

@@ -44,6 +44,7 @@ from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
 _LOG2_E = math.log2(math.e)
+
 Parts = tuple[jax.Array, ...]
 """An array of `ROWS` rows in parts of `Products.width` columns each."""
 
