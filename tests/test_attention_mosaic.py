@@ -181,6 +181,31 @@ def test_float8(head_dim, layout):
     check([(1, 1), (1, 63), (0, 0), (1, 300), (1, 1000), (1, 129)], scales=scales, **options)
 
 
+@pytest.mark.gpu
+def test_one_schedule_serves_several_layers():
+    """What streams count in is 0 again when a kernel is over, whoever was the last."""
+    if pallas_mosaic.target() != "9.0":
+        pytest.skip("no Hopper GPU")
+    rng, lengths = np.random.default_rng(0), [1000, 1, 77, 690]
+    spec = KVCacheSpec(2, 8, 128, len(lengths), 1024)
+    contents = {slot: suite.random_kv(rng, spec, length) for slot, length in enumerate(lengths)}
+    q = jnp.asarray(rng.standard_normal((len(lengths), 32, 128)), jnp.bfloat16)
+    batch = suite.make_batch(range(len(lengths)), [1] * len(lengths), lengths)
+
+    @jax.jit
+    def program(q, cache, batch):
+        found = []
+        for _ in range(3):
+            out, cache = attention(q, cache, layer=1, batch=batch, implementation="mosaic")
+            found.append(out)
+        return found
+
+    first, *others = (np.asarray(each.astype(jnp.float32)) for each in program(q, plain_cache(spec, contents), batch))
+    suite.compare(first, q, contents, list(contents), [1] * len(lengths), 1, spec, None)
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+
+
 # Prefill
 
 

@@ -233,6 +233,16 @@ def quantized_and_read(x, weights, cache, batch):
     return x, cache.order
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
+@pytest.mark.parametrize("max_q_len", [1, 512], ids=["decode", "prefill"])
+def test_a_layer_on_hopper_is_one_launch(max_q_len):
+    each = compiled("h100", "straight", llama_spec(), max_q_len)
+    launched = [rest for *_, opcode, rest in instructions(each) if opcode in ("custom-call", "fusion", "copy")]
+    layers = [rest for rest in launched if 'custom_call_target="mosaic_gpu' in rest]
+    assert len(layers) == 2
+    assert not any("attention_decode_combine" in rest for rest in launched)
+
+
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 def test_float8_decode_on_hopper(head_dim):
     spec = llama_spec(dtype=jnp.float8_e4m3fn, head_dim=head_dim)

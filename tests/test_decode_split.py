@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from jax_vattention import RaggedBatch
 from jax_vattention.attention import decode_split
-from jax_vattention.attention.decode_split import FIRST_KEY, FIRST_PAIR, FIRST_REQUEST, GRAIN, NUM_PAIRS, NUM_UNITS
+from jax_vattention.attention.decode_split import (
+    ARRIVED,
+    FIRST_FROM,
+    FIRST_KEY,
+    FIRST_PAIR,
+    FIRST_REQUEST,
+    FIRST_TO,
+    GRAIN,
+    LAST_TO,
+    NUM_PAIRS,
+    NUM_UNITS,
+)
 from jax_vattention.attention.features import Features
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -95,8 +106,10 @@ def test_every_key_is_one_streams_and_all_have_the_same_number_of_units(requests
     assert units.sum() == SETS * sum(-(-(end - first) // GRAIN) for first, end in bounds)
     assert units.max() - units.min() <= 1
     seen = {pair: bounds[pair % len(bounds)][0] for pair in range(SETS * len(bounds))}
-    last = -1
+    last, streams_of = -1, {}
     for stream, pair, first, stop in pieces(table, bounds):
+        if stop > first:
+            streams_of.setdefault(pair, []).append(stream)
         assert first == seen[pair], "the piece before it ends there"
         seen[pair] = max(stop, first)
         assert pair + stream > last, "each piece has a segment of its own"
@@ -104,6 +117,9 @@ def test_every_key_is_one_streams_and_all_have_the_same_number_of_units(requests
     assert all(seen[pair] == bounds[pair % len(bounds)][1] for pair in seen)
     for row in np.asarray(table.streams):
         if row[NUM_UNITS]:
+            of_first, of_last = streams_of[row[FIRST_PAIR]], streams_of[row[FIRST_PAIR] + row[NUM_PAIRS] - 1]
+            assert (row[FIRST_FROM], row[FIRST_TO], row[LAST_TO]) == (of_first[0], of_first[-1], of_last[-1])
+            assert row[ARRIVED] == 0
             first_request = np.asarray(table.requests)[row[FIRST_PAIR] % len(requests)]
             np.testing.assert_array_equal(row[FIRST_REQUEST : FIRST_REQUEST + 7], first_request[:7])
 

@@ -27,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_vattention.attention import mosaic_prefill
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_prefill import Shape, Work
+from jax_vattention.attention.mosaic_view import pass_on
 from jax_vattention.attention.prefill_split import Tile
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
@@ -132,7 +133,7 @@ def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, 
     @pl.when(warpgroup == _COPIES)
     def _():
         plgpu.set_max_registers(tiling.registers[0], action="decrease")
-        mosaic_prefill.pass_on(order, order_out, block)
+        pass_on(order, order_out, block)
         layer = layer_ref[0] * shape.layer_stride
         fill = functools.partial(mosaic_prefill.fill_gaps, work, gaps, counts[1], out_ref, scratch["zero_smem"])
         mosaic_prefill.drain(work, mosaic_prefill.copy(work, layer, q_ref, k_ref, v_ref, fill, **scratch), **scratch)

@@ -19,6 +19,8 @@ from jax_vattention.cache import LayerView
 _BLOCKS = 128
 """Of the 132 multiprocessors of an H100 or H200, which read no faster. Pairs of one length whose number is a power of
 two are shared out without a rest, so that few of them are split or none."""
+_JOINED = 2**16
+"""Elements of a pair's partial results that one stream joins."""
 _SHORT = 256
 """Bytes of a row of K or V, of one head of a token: shorter ones are read with those of other heads."""
 
@@ -220,6 +222,18 @@ class Shape:
     def streams(self) -> int:
         """Of all blocks."""
         return self.tiling.blocks * self.tiling.streams
+
+    @property
+    def joins(self) -> bool:
+        """Whether the last stream of a pair joins what all found (see `mosaic_join`), not a kernel of its own.
+
+        A result that one stream had all keys of is final then. One stream must not have much to join.
+        """
+        if self.interpreted or not self.direct or self.narrow or self.together > 1:
+            return False
+        segments = -(-self.streams // self.sets) + 1
+        whole_threads = self.num_kv_heads * self.group * self.head_dim % 128 == 0
+        return whole_threads and segments * self.queries * self.group * self.head_dim <= _JOINED
 
     @property
     def one_limit(self) -> bool:

@@ -3,7 +3,8 @@
 As in Stream-K (Osama et al., arXiv 2301.03598) the keys of all requests stand in one row, and every stream takes an
 equal part of it, whatever the lengths. If not all KV heads are read together, their sets stand in it one after the
 other, each with all requests. A pair of a set and a request whose keys lie in the parts of several streams is joined
-afterwards, as in Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023).
+afterwards, as in Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023): by `join` here, or by the last of these streams
+(see `mosaic_join`).
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ _THEN = 4
 TOKEN, ROW, QUERIES, LENGTH, LOWER, PREFIX, OUT = range(7)
 # Columns of `Split.streams`; from `FIRST_REQUEST` on those of `Split.requests`.
 FIRST_PAIR, FIRST_KEY, NUM_UNITS, NUM_PAIRS, ALL_UNITS, FIRST_REQUEST = range(6)
+FIRST_FROM, FIRST_TO, LAST_TO, ARRIVED = range(FIRST_REQUEST + OUT + 1, 16)
 # Columns of `Split.owners`.
-_REQUEST, _QUERY, _START, _UNITS = range(4)
+OWNER, QUERY, _START, OWNED_UNITS = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,9 @@ class Split:
     first key that its first query sees, the length of its bidirectional prefix, and the first row of its result."""
     streams: jax.Array
     """int32 `[streams, 16]`: first pair, first key of it, units, pairs, the units of all requests of one set, and what
-    `requests` says of the first pair's: to begin, a stream reads one row."""
+    `requests` says of the first pair's: to begin, a stream reads one row. Then the first and the last stream that have
+    keys of the first pair, the last one that has keys of its last pair, and 0: in a kernel it is the number of streams
+    that are done with the pair whose first stream this is, if it has others; the last of them sets it to 0 again."""
     owners: jax.Array
     """int32 `[tokens, 4]`: the request whose query a token is, or -1; which of its queries; units of one set before
     that request; and its own units."""
@@ -151,20 +155,25 @@ def _schedule_kernel(
     low, own = line * each + jnp.minimum(line, more), each + (line < more).astype(jnp.int32)
 
     def pair_of(unit):
-        """The pair of a unit, and which key is its first."""
+        """The pair of a unit, which key is its first, and the streams that have the pair's first and last unit."""
         number = jnp.minimum(unit // jnp.maximum(total, 1), sets - 1)
         within = unit - number * total
         before = ends[None, :] <= within[:, None]  # requests behind the last one have no units
         request = jnp.minimum(jnp.sum(before.astype(jnp.int32), axis=1), count - 1)
-        seen = picked(rows[None, :] == request[:, None], first_unit_key(lower))
-        return number * count + request, seen + (within - picked(before, units)) * GRAIN
+        found = rows[None, :] == request[:, None]
+        start = picked(before, units)
+        key = picked(found, first_unit_key(lower)) + (within - start) * GRAIN
+        start += number * total
+        from_to = (_stream_of(unit, each, more) for unit in (start, start + picked(found, units) - 1))
+        return number * count + request, key, *from_to
 
-    (first, key), (last, _) = pair_of(low), pair_of(low + own - 1)
+    (first, key, *first_streams), (last, _, _, last_to) = pair_of(low), pair_of(low + own - 1)
     pairs = jnp.where(own > 0, last - first + 1, 0)
     all_units = jnp.broadcast_to(total, line.shape)
     first_request = rows[None, :] == (first % count)[:, None]
     of_first = (picked(first_request, values) for values in of_requests)
-    for column, values in enumerate((first, key, own, pairs, all_units, *of_first)):
+    nobody = jnp.zeros_like(line)
+    for column, values in enumerate((first, key, own, pairs, all_units, *of_first, *first_streams, last_to, nobody)):
         triton.store(streams.at[line, column], values, mask=line < streams.shape[0])
 
     owned = (line[:, None] >= starts[None, :]) & (line[:, None] < (starts + queries)[None, :]) & there[None, :]
@@ -231,6 +240,19 @@ class Piece(NamedTuple):
         return lax.div(self.end - self.first, tokens)
 
 
+class SharedPair(NamedTuple):
+    """A pair, and the first and the last stream that have keys of it."""
+
+    pair: jax.Array
+    first: jax.Array
+    last: jax.Array
+
+    @property
+    def streams(self) -> jax.Array:
+        """How many these are."""
+        return self.last - self.first + 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What one stream has to do: its part of the row of keys, piece by piece. Read in a kernel."""
@@ -270,6 +292,14 @@ class Work:
         wraps = piece.request + 1 == self.requests.shape[0]
         request = jnp.where(wraps, 0, piece.request + 1)
         return request, self.requests[request, TOKEN], jnp.where(wraps, piece.head + self.together, piece.head)
+
+    @property
+    def shared_pairs(self) -> tuple[SharedPair, SharedPair]:
+        """The first and the last pair, of which other streams may have keys too; the last one only if it is another."""
+        from_stream, to_stream, last_to = (self.streams[self.stream, at] for at in (FIRST_FROM, FIRST_TO, LAST_TO))
+        last_to = jnp.where(self.num_pairs > 1, last_to, self.stream)
+        first = SharedPair(self.first_pair, from_stream, to_stream)
+        return first, SharedPair(self.first_pair + self.num_pairs - 1, self.stream, last_to)
 
     def each_piece(self, body, carry):
         """`carry = body(piece, carry)` for every piece."""

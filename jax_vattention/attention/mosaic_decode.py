@@ -23,9 +23,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention import decode_split, float8_queries
+from jax_vattention.attention import decode_split, float8_queries, mosaic_join
 from jax_vattention.attention.decode_shape import Shape, Tiling, default_tiling
-from jax_vattention.attention.decode_split import GRAIN, Piece, Work
+from jax_vattention.attention.decode_split import GRAIN, Piece, Request, SharedPair, Work
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_products import sums_of_columns
 from jax_vattention.attention.mosaic_view import (
@@ -33,6 +33,7 @@ from jax_vattention.attention.mosaic_view import (
     ROWS,
     Columns,
     add_eights,
+    pass_on,
     repeat_eights,
     second_eights_of,
     store_rows,
@@ -166,9 +167,10 @@ def run(
     queries = shape.query_tiles(q.astype(jnp.float16) if shape.quantized and not shape.narrow else q, batch)
     pages = jnp.zeros((1, 1), jnp.int32) if page_table is None else page_table
     scales = jnp.ones(1, jnp.float32) if view.scale_table is None else view.scale_table.reshape(-1)
-    out, parts, lse = plgpu.kernel(
+    out_types = (jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (q, order))
+    out, order, parts, lse = plgpu.kernel(
         functools.partial(_decode, shape=shape, products=products),
-        out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), *shape.parts(batch)),
+        out_type=(*out_types, *shape.parts(batch)),
         scratch_types=scratch_types(shape, queries.dtype, view.k.dtype, q.dtype)
         | products.scratch(shape, queries.dtype),
         grid=(shape.tiling.blocks,),
@@ -184,11 +186,14 @@ def run(
         columns.v,
         split.requests,
         split.streams,
+        split.owners,
         pages,
         view.layer.reshape(1),
         scales,
         order,
     )
+    if shape.joins:
+        return out, order
     return decode_split.join(
         out, parts, lse, split, order, features, heads=view.num_kv_heads, sets=shape.sets, first_row=shape.first_row,
         product_row=shape.product_row, whole_are_there=shape.direct, interpret=interpret_tables,
@@ -227,6 +232,7 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
         "v_tail_ready": plgpu.Barrier(num_arrivals=boxes, num_barriers=many),
         "k_free": plgpu.Barrier(num_barriers=many),
         "v_free": plgpu.Barrier(num_barriers=many),
+        **({"flags": plgpu.SMEM((streams, 2), jnp.int32)} if shape.joins else {}),
     }
 
 
@@ -236,11 +242,13 @@ def _decode(
     v_ref,
     requests,
     streams,
+    owners,
     pages,
     layer_ref,
     scales,
     order,
     out_ref,
+    order_out,
     parts_ref,
     lse_ref,
     *,
@@ -254,19 +262,25 @@ def _decode(
       q_ref: see `Shape.query_tiles`.
       k_ref, v_ref: see `Columns`.
       scales: of each layer those of each head of K, then of V; used if they are float8.
-      order: not used here: to have it makes the read come after the append that returned it.
+      order: to have it makes the read come after the append that returned it.
+      order_out: the same once more: it comes out when the kernel is over.
       out_ref, parts_ref, lse_ref: see `decode_split.join`.
     """
-    del order
-    warpgroup, count = lax.axis_index("warpgroup"), shape.tiling.streams
+    warpgroup, block, count = lax.axis_index("warpgroup"), lax.axis_index("block"), shape.tiling.streams
     local = lax.rem(warpgroup, count)
-    work = Work(requests, streams, lax.axis_index("block") * count + local, shape.together)
+    work = Work(requests, streams, block * count + local, shape.together)
 
     @pl.when(warpgroup >= count)
     def _():
         if count > 1:  # as one stream's two warpgroups each have all the registers that a thread can have
             plgpu.set_max_registers(40, action="decrease")
         copy(shape, local, work, layer_ref[0] * shape.layer_stride, k_ref, v_ref, pages, **scratch)
+
+        @pl.when(local == 0)
+        def _():
+            pass_on(order, order_out, block)
+            if shape.joins:
+                mosaic_join.fill(owners, requests, out_ref, block, shape.tiling.blocks, unowned=True)
 
     @pl.when(warpgroup < count)
     def _():
@@ -380,7 +394,7 @@ class _Computing:
     def __init__(
         self, shape: Shape, local, work: Work, products: type[Products], refs: Refs, *, q_smem, k_smem, v_smem, q_ready,
         k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, q_parts=None, k_wide=None, v_wide=None,
-        out_smem=None, part_smem=None, **memory,
+        out_smem=None, part_smem=None, flags=None, **memory,
     ):  # fmt: skip
         def own(array):
             return None if array is None else array.at[local]
@@ -392,7 +406,7 @@ class _Computing:
         self.k, self.v = own(k_smem), own(v_smem)
         self.k_ready, self.v_ready = (k_ready, k_tail_ready), (v_ready, v_tail_ready)
         self.k_free, self.v_free = k_free, v_free
-        self.out_rows, self.part_rows = own(out_smem), own(part_smem)
+        self.out_rows, self.part_rows, self.flags = own(out_smem), own(part_smem), own(flags)
 
     def run(self) -> None:
         """All that the stream has to do."""
@@ -402,6 +416,8 @@ class _Computing:
             self._load_queries(0, *self.work.first_queries)
 
         self.work.each_piece(self._piece, jnp.int32(0))
+        if self.shape.joins:
+            pl.when(self.work.num_pairs > 0)(self._join)
 
     def _load_queries(self, number, request, token, head) -> None:
         """For the piece of this number, of those of the stream."""
@@ -521,6 +537,24 @@ class _Computing:
             segment = piece.pair + self.work.stream
             _store(result, shape, refs.parts, segment, 0, 0, shape.rows, shape.rows, self.part_rows)
             refs.lse[segment] = maximum + jnp.log2(total)
+
+    def _join(self) -> None:
+        """What this stream, as the last of some, and others have found for a pair."""
+        pairs = self.work.shared_pairs
+
+        @pl.when((pairs[0].streams > 1) | (pairs[1].streams > 1))
+        def _():
+            for pair, is_last in zip(pairs, mosaic_join.arrive(self.work.streams, self.flags, pairs), strict=True):
+                pl.when(is_last != 0)(functools.partial(self._join_pair, pair))
+
+    def _join_pair(self, pair: SharedPair) -> None:
+        requests, refs, group = self.work.requests, self.refs, self.shape.group
+        number = requests.shape[0]
+        of, head = Request.read(requests, lax.rem(pair.pair, number)), lax.div(pair.pair, number)
+        mosaic_join.join(
+            refs.parts, refs.lse, refs.out, segment=pair.pair + pair.first, count=pair.streams,
+            low=self.shape.first_row(head, 0), rows=of.queries * group, token=of.out, head=head * group, group=group,
+        )  # fmt: skip
 
 
 def _weighed(

@@ -19,9 +19,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention import decode_shape, decode_split, mosaic_decode, mosaic_prefill, prefill_split
+from jax_vattention.attention import (
+    decode_shape,
+    decode_split,
+    mosaic_decode,
+    mosaic_join,
+    mosaic_prefill,
+    prefill_split,
+)
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_view import BOX, Columns
+from jax_vattention.attention.mosaic_view import Columns, pass_on
 from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
@@ -45,7 +52,8 @@ def run(
     """See `attention`; returns `(out, order)`. Requests of one query are decodes."""
     head_dim, dtype = q.shape[2], view.k.dtype
     tiling = tiling or tuned(mosaic_prefill.Tiling(), "mosaic_prefill", head_dim, dtype)
-    decode_tiling = decode_shape.Tiling(blocks=tiling.blocks, together=BOX)
+    decode_tiling = decode_shape.default_tiling(head_dim, dtype)
+    decode_tiling = dataclasses.replace(decode_tiling, blocks=min(decode_tiling.blocks, tiling.blocks))
     decodes, first, chunks = parted(q, batch)
     one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
     decode = decode_shape.Shape.of(
@@ -58,7 +66,7 @@ def run(
     # A row for each request is gathered only where it has to be padded anyway.
     queries, query_rows = (q, first) if decode.reads_queries else (q[first], None)
     split = decode_split.split(
-        decodes, view, one, tokens=batch.num_requests, sets=decode.sets, streams=tiling.blocks,
+        decodes, view, one, tokens=batch.num_requests, sets=decode.sets, streams=decode.streams,
         query_rows=query_rows, out_rows=first, interpret=interpret_tables,
     )  # fmt: skip
     sinks = () if features.sinks is None else (features.sinks,)
@@ -82,10 +90,13 @@ def run(
         *schedule,
         split.requests,
         split.streams,
+        split.owners,
         view.layer.reshape(1),
         order,
         *sinks,
     )
+    if decode.joins:
+        return out[: q.shape[0]], order
     out, order = decode_split.join(
         out, parts, lse, split, order, one, heads=view.num_kv_heads, sets=decode.sets, first_row=decode.first_row,
         product_row=decode.product_row,
@@ -127,7 +138,7 @@ def _by_kind(scratch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _mixed(
-    q_ref, q_tiles, k_ref, v_ref, tiles, gaps, counts, requests, streams, layer_ref, order, *refs,
+    q_ref, q_tiles, k_ref, v_ref, tiles, gaps, counts, requests, streams, owners, layer_ref, order, *refs,
     decode: decode_shape.Shape, prefill: mosaic_prefill.Shape, tiling: mosaic_prefill.Tiling, has_sinks: bool, memory,
     barriers, between,
 ):  # fmt: skip
@@ -149,7 +160,7 @@ def _mixed(
                 plgpu.barrier_wait(between)
 
             is_decode = lax.rem(block, 2) == number
-            pl.when(is_decode)(decodes)
+            pl.when(is_decode & (block < decode.streams))(decodes)
             pl.when(jnp.logical_not(is_decode))(prefills)
             return nothing
 
@@ -158,14 +169,19 @@ def _mixed(
     @pl.when(warpgroup == _COPIES)
     def _():
         plgpu.set_max_registers(tiling.registers[0], action="decrease")
-        mosaic_prefill.pass_on(order, order_out, block)
+        pass_on(order, order_out, block)
 
         def prefills():
             fill = functools.partial(mosaic_prefill.fill_gaps, computing, gaps, counts[1], out_ref, others["zero_smem"])
             copied = mosaic_prefill.copy(computing, layer, q_ref, k_ref, v_ref, fill, **others)
             mosaic_prefill.drain(computing, copied, **others)
 
-        in_both_orders(lambda: mosaic_decode.copy(decode, local, reading, layer, k_ref, v_ref, None, **own), prefills)
+        def decodes():
+            mosaic_decode.copy(decode, local, reading, layer, k_ref, v_ref, None, **own)
+            if decode.joins:
+                mosaic_join.fill(owners, requests, out_ref, block, decode.streams, unowned=False)
+
+        in_both_orders(decodes, prefills)
 
     @pl.when(warpgroup < _COPIES)
     def _():

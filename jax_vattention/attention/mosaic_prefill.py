@@ -45,7 +45,7 @@ from jax_vattention.attention.mosaic_products import (
     sums_of_columns,
     wait_turn,
 )
-from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns, store_rows, swizzled
+from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns, pass_on, store_rows, swizzled
 from jax_vattention.attention.prefill_split import FIELDS, Sizes, Tile, schedule
 from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
@@ -311,15 +311,6 @@ def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, 
     def _():
         plgpu.set_max_registers(tiling.registers[1], action="increase")
         multiply(work, tiling, warpgroup, sinks[0] if has_sinks else None, out_ref, **scratch)
-
-
-def pass_on(order, order_out, block) -> None:
-    """The first block copies the order token."""
-
-    @pl.when(block == 0)
-    def _():
-        for i in range(order.shape[0]):
-            order_out[i] = order[i]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, vector
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -56,6 +57,15 @@ def swizzled(sizes: tuple[int, ...], dtype: Any, together: int | None = None, *,
     swizzle = math.gcd((together or sizes[-1]) * itemsize, 128)
     tiling = (*(1,) * (rank - 2), BOX, swizzle // itemsize)
     return plgpu.SMEM(sizes, dtype, transforms=(plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle)))
+
+
+def pass_on(order, order_out, block) -> None:
+    """The first block copies the order token."""
+
+    @pl.when(block == 0)
+    def _():
+        for i in range(order.shape[0]):
+            order_out[i] = order[i]
 
 
 def store_rows(
