@@ -22,7 +22,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_vattention.attention import decode_shape, decode_split, mosaic_decode, mosaic_prefill, prefill_split
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_view import BOX, Columns
-from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
@@ -43,8 +42,7 @@ def run(
     interpret_tables: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`. Requests of one query are decodes."""
-    head_dim, dtype = q.shape[2], view.k.dtype
-    tiling = tiling or tuned(mosaic_prefill.Tiling(), "mosaic_prefill", head_dim, dtype)
+    tiling = mosaic_prefill.tiling_of(tiling, q, view, interpret=interpret)
     decode_tiling = decode_shape.Tiling(blocks=tiling.blocks, together=BOX)
     decodes, first, chunks = parted(q, batch)
     one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
@@ -66,9 +64,8 @@ def run(
     out, order, parts, lse = plgpu.kernel(
         functools.partial(_mixed, decode=decode, prefill=prefill, tiling=tiling, has_sinks=bool(sinks)),
         out_type=(*mosaic_prefill.results(prefill, q, order), *decode.parts(decodes)),
-        scratch_types=_scratch(decode, prefill, tiling, dtype),
-        grid=(tiling.blocks,),
-        grid_names=("block",),
+        scratch_types=_scratch(decode, prefill, tiling, view.k.dtype),
+        **tiling.grid,
         num_threads=_COPIES + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
@@ -117,12 +114,13 @@ def _scratch(
         mosaic_prefill.scratch_types(prefill, tiling, dtype),
     )
     arrays, barriers = zip(*(_by_kind(each) for each in both), strict=True)
-    between = plgpu.Barrier(num_arrivals=_COPIES + 1)
+    between = tiling.barrier(num_arrivals=_COPIES + 1)
     return {"memory": plgpu.RefUnion(*arrays), "barriers": barriers, "between": between}
 
 
 def _by_kind(scratch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    barriers = {name: each for name, each in scratch.items() if isinstance(each, plgpu.Barrier)}
+    kinds = plgpu.Barrier, plgpu.ClusterBarrier
+    barriers = {name: each for name, each in scratch.items() if isinstance(each, kinds)}
     return {name: each for name, each in scratch.items() if name not in barriers}, barriers
 
 
@@ -133,22 +131,20 @@ def _mixed(
 ):  # fmt: skip
     """One block. Arguments are those of the two kernels."""
     *sinks, out_ref, order_out, parts_ref, lse_ref = refs
-    warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+    warpgroup = lax.axis_index("warpgroup")
     own, others = (arrays | each for arrays, each in zip(memory, barriers, strict=True))
     layer = layer_ref[0] * prefill.layer_stride
-    reading, local = decode_split.Work(requests, streams, block, decode.together), jnp.int32(0)
-    computing = mosaic_prefill.Work(tiles, counts[0] * prefill.num_q_heads, block, prefill.tiling.blocks, prefill)
+    computing, local = mosaic_prefill.Work.of(tiles, counts[0], prefill), jnp.int32(0)
+    reading = decode_split.Work(requests, streams, computing.block, decode.together)
 
     def in_both_orders(decodes: Callable[[], None], prefills: Callable[[], None]) -> None:
         def job(number, nothing):
             @pl.when(number > 0)
             def _():
-                # The second one uses the shared memory of the first one.
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(between)
-                plgpu.barrier_wait(between)
+                # The second one uses the shared memory of the first one; prefill that of all blocks of its cluster.
+                mosaic_prefill.meet(between)
 
-            is_decode = lax.rem(block, 2) == number
+            is_decode = lax.rem(computing.cluster, 2) == number
             pl.when(is_decode)(decodes)
             pl.when(jnp.logical_not(is_decode))(prefills)
             return nothing
@@ -158,7 +154,7 @@ def _mixed(
     @pl.when(warpgroup == _COPIES)
     def _():
         plgpu.set_max_registers(tiling.registers[0], action="decrease")
-        mosaic_prefill.pass_on(order, order_out, block)
+        mosaic_prefill.pass_on(order, order_out, computing.block)
 
         def prefills():
             fill = functools.partial(mosaic_prefill.fill_gaps, computing, gaps, counts[1], out_ref, others["zero_smem"])
@@ -182,3 +178,5 @@ def _mixed(
             mosaic_prefill.multiply(computing, tiling, warpgroup, sink, out_ref, **others)
 
         in_both_orders(decodes, prefills)
+
+    mosaic_prefill.leave(between, tiling)

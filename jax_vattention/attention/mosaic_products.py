@@ -217,3 +217,34 @@ def report_overflow(totals, sums, low, high, limit: float, flag, *, interpreted:
                 memref.store(mgpu.c(1, i32), flag, [])
 
     report(totals, sums, own, flag)
+
+
+def publish() -> None:
+    """What this thread has written to shared memory is there for a thread of the cluster that waits for it."""
+
+    @plgpu.inline_mgpu()
+    def fence(_):
+        _issue("fence.acq_rel.cluster;")
+
+    fence()
+
+
+def any_of_cluster(flags, blocks: int):
+    """Whether any of these int32 in shared memory is not 0, in any of so many blocks of the cluster."""
+    splat = plgpu.ShapeDtypeStruct((), jnp.bool_, plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=splat)
+    def read(_, flags):
+        i32 = ir.IntegerType.get_signless(32)
+        _issue("fence.acq_rel.cluster;")  # see `publish`
+
+        def load(block, i):
+            text = f"mapa.shared::cluster.u32 a, $1, {block}; ld.shared::cluster.b32 $0, [a + {4 * i}];"
+            address = [mgpu.utils.memref_ptr(flags)]
+            return llvm.inline_asm(i32, address, f"{{ .reg .b32 a; {text} }}", "=r,r", has_side_effects=True)
+
+        found = (load(*at) for at in np.ndindex(blocks, ir.MemRefType(flags.type).shape[0]))
+        some = arith.cmpi(arith.CmpIPredicate.ne, functools.reduce(arith.ori, found), mgpu.c(0, i32))
+        return mgpu.FragmentedArray.splat(some, (), is_signed=False)
+
+    return read(flags)
