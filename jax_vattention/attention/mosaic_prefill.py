@@ -44,6 +44,7 @@ from jax_vattention.attention.mosaic_products import (
     begin_scores,
     begin_sum,
     give_turn,
+    number_of_block,
     pin,
     publish,
     report_overflow,
@@ -90,7 +91,7 @@ class Tiles:
         clusters = {"cluster": (self.cluster,), "cluster_names": (_PEER,)} if self.cluster > 1 else {}
         return {"grid": (self.blocks // self.cluster,), "grid_names": (_CLUSTER,)} | clusters
 
-    def barrier(self, **sizes: int) -> plgpu.Barrier | plgpu.ClusterBarrier:
+    def barrier(self, **sizes: Any) -> plgpu.Barrier | plgpu.ClusterBarrier:
         """One at which the blocks of a cluster arrive together: who waits waits for the warpgroups of all of them."""
         return plgpu.ClusterBarrier(collective_axes=(_PEER,), **sizes) if self.cluster > 1 else plgpu.Barrier(**sizes)
 
@@ -378,22 +379,21 @@ class Work:
     tiles: Any
     total: jax.Array
     """Of all clusters."""
-    cluster: jax.Array
-    peer: Any
-    """Number of the block in its cluster."""
+    block: jax.Array
     shape: Shape
 
     @classmethod
     def of(cls, tiles, count, shape: Shape) -> Work:
         """Of this block, if so many tiles are used."""
         size = shape.tiling.cluster
-        peer = lax.axis_index(_PEER) if size > 1 else 0
-        return cls(tiles, count * (shape.num_q_heads // size), lax.axis_index(_CLUSTER), peer, shape)
+        # Of axes of a cluster compilers do not see that they are the same for all threads.
+        block = lax.axis_index(_CLUSTER) if size == 1 else number_of_block()
+        return cls(tiles, count * (shape.num_q_heads // size), block, shape)
 
     @property
-    def block(self) -> jax.Array:
-        """Number of the block."""
-        return self.cluster * self.shape.tiling.cluster + self.peer
+    def cluster(self) -> jax.Array:
+        """Number of the block's cluster."""
+        return lax.div(self.block, self.shape.tiling.cluster)
 
     @property
     def _clusters(self) -> int:
@@ -416,7 +416,7 @@ class Work:
         """
         i, size = lax.rem(i, self.count), self.shape.tiling.cluster
         item, heads = i * self._clusters + self._within(i), self.shape.num_q_heads // size
-        return lax.div(item, heads), lax.rem(item, heads) * size + self.peer
+        return lax.div(item, heads), lax.rem(item, heads) * size + lax.rem(self.block, size)
 
 
 class Copied(NamedTuple):

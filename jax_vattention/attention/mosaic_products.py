@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, memref, vector
+from jax._src.lib.mlir.dialects import arith, gpu, llvm, memref, nvvm, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
@@ -219,6 +219,17 @@ def report_overflow(totals, sums, low, high, limit: float, flag, *, interpreted:
     report(totals, sums, own, flag)
 
 
+def number_of_block():
+    """Among the blocks of a grid of one dimension; those of a cluster follow each other."""
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT))
+    def read(_):
+        number = arith.index_cast(ir.IntegerType.get_signless(32), gpu.block_id(gpu.Dimension.x))
+        return mgpu.FragmentedArray.splat(number, (), is_signed=True)
+
+    return read()
+
+
 def publish() -> None:
     """What this thread has written to shared memory is there for a thread of the cluster that waits for it."""
 
@@ -245,6 +256,8 @@ def any_of_cluster(flags, blocks: int):
 
         found = (load(*at) for at in np.ndindex(blocks, ir.MemRefType(flags.type).shape[0]))
         some = arith.cmpi(arith.CmpIPredicate.ne, functools.reduce(arith.ori, found), mgpu.c(0, i32))
+        # All threads have found the same, and compilers know it then.
+        some = nvvm.vote_sync(mgpu.c(-1, i32), some, "any")
         return mgpu.FragmentedArray.splat(some, (), is_signed=False)
 
     return read(flags)
