@@ -253,7 +253,6 @@ def clusters(monkeypatch):
     monkeypatch.setattr(
         mosaic_prefill, "number_of_block", lambda: 2 * jax.lax.axis_index("cluster") + jax.lax.axis_index("peer")
     )
-    monkeypatch.setattr(mosaic_prefill, "publish", lambda: None)
     monkeypatch.setattr(mosaic_prefill, "any_of_cluster", lambda flags, _: (flags[0] != 0) | (flags[1] != 0))
 
 

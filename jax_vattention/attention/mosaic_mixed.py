@@ -3,7 +3,8 @@
 Decoding waits for memory and prefill for the tensor cores, so at the same time they take less than one after the other
 (POD-Attention, Kamath et al., arXiv 2410.18038). There the two share a multiprocessor; here every block has its share
 of both, first decodes as `mosaic_decode` does and then multiplies as `mosaic_prefill` does, or the other way round: so
-at any time some read memory and others compute, whatever there is of each.
+at any time some read memory and others compute, whatever there is of each. Blocks of a cluster prefill together, hence
+in the same order.
 """
 
 from __future__ import annotations

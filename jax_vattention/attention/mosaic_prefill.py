@@ -9,9 +9,9 @@ overlap, the softmax begins when the scores are there, next to the warpgroup's o
 
 Unlike there, a softmax has no maximum to look for in most tiles (see `optimistic`): tensor cores waited for that.
 
-Two blocks of a cluster work on the same queries' tokens at the same time, for two heads that share a KV head: they loop
-over the same tiles of K and V, of which each block reads a half, for both. That is half the traffic of L2, and less
-power.
+The two blocks of a cluster work at the same time on the same tile of queries, for two heads that share a KV head: they
+loop over the same tiles of K and V, of which each block reads a half for both. That takes half the traffic of L2, and
+less power. A request's last tile, below, each block reads for itself.
 
 A block stays for the whole kernel: tiles of queries of all requests and heads, sorted by the keys that they see, are
 dealt out to the blocks, and the copying warpgroup runs ahead into the next one.
@@ -46,7 +46,6 @@ from jax_vattention.attention.mosaic_products import (
     give_turn,
     number_of_block,
     pin,
-    publish,
     report_overflow,
     settle,
     sums_of_columns,
@@ -386,7 +385,7 @@ class Work:
     def of(cls, tiles, count, shape: Shape) -> Work:
         """Of this block, if so many tiles are used."""
         size = shape.tiling.cluster
-        # Of axes of a cluster compilers do not see that they are the same for all threads.
+        # An axis of a cluster is found by a division: compilers do not see that it is the same for all threads.
         block = lax.axis_index(_CLUSTER) if size == 1 else number_of_block()
         return cls(tiles, count * (shape.num_q_heads // size), block, shape)
 
@@ -466,9 +465,8 @@ def copy(
 
             def whole():
                 rows = pl.ds(pl.multiple_of(tile.row + key, BOX), block_k)
-                # Each block of a cluster copies its share to all. As no stage is free before it is in all of them, none
-                # gets a share of a tile while it has not seen all of the tile before; the share may come before this
-                # block says how much it expects.
+                # Each block of a cluster copies its share to all. As a stage is free when it is in all of them, a share
+                # comes after all of what the stage had before; it may come before its block says how much it expects.
                 plgpu.copy_gmem_to_smem(
                     ref.at[rows, column], smem.at[stage], ready.at[stage],
                     collective_axes=_PEER if tiling.cluster > 1 else None,
@@ -730,8 +728,6 @@ def multiply(
         """See `copy`."""
 
         def verdict():
-            if tiling.cluster > 1:
-                publish()
             meet(attempted)
             return _failed(tile_smem, tiling)
 

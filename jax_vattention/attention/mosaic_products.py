@@ -230,24 +230,16 @@ def number_of_block():
     return read()
 
 
-def publish() -> None:
-    """What this thread has written to shared memory is there for a thread of the cluster that waits for it."""
-
-    @plgpu.inline_mgpu()
-    def fence(_):
-        _issue("fence.acq_rel.cluster;")
-
-    fence()
-
-
 def any_of_cluster(flags, blocks: int):
-    """Whether any of these int32 in shared memory is not 0, in any of so many blocks of the cluster."""
+    """Whether any of these int32 in shared memory is not 0, in any of so many blocks of the cluster.
+
+    Who writes one has to commit it, then arrive at a barrier of the cluster; the others wait for that.
+    """
     splat = plgpu.ShapeDtypeStruct((), jnp.bool_, plgpu.Layout.WG_SPLAT)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=splat)
     def read(_, flags):
         i32 = ir.IntegerType.get_signless(32)
-        _issue("fence.acq_rel.cluster;")  # see `publish`
 
         def load(block, i):
             text = f"mapa.shared::cluster.u32 a, $1, {block}; ld.shared::cluster.b32 $0, [a + {4 * i}];"
@@ -256,7 +248,7 @@ def any_of_cluster(flags, blocks: int):
 
         found = (load(*at) for at in np.ndindex(blocks, ir.MemRefType(flags.type).shape[0]))
         some = arith.cmpi(arith.CmpIPredicate.ne, functools.reduce(arith.ori, found), mgpu.c(0, i32))
-        # All threads have found the same, and compilers know it then.
+        # All threads have found the same: unless compilers see it, loops that depend on it have no uniform registers.
         some = nvvm.vote_sync(mgpu.c(-1, i32), some, "any")
         return mgpu.FragmentedArray.splat(some, (), is_signed=False)
 
