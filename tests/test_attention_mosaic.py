@@ -237,6 +237,7 @@ LARGE = [
     ([(100, 300), (1, 90)], {"large": (60, 2**5, 1)}),  # scores grow by about 60: the first attempt finds them
     ([(100, 300), (1, 90)], {"large": (60, 2**12, 1)}),  # by some thousands: weights overflow
     ([(100, 300)], {"large": (60, 2**12, 1), "dtype": "float16"}),
+    ([(100, 300), (1, 90)], {"large": (60, 2**12, 1), "quiet": True}),  # in one block of a cluster only
     ([(100, 300)], {"large": (60, 2**3, 1), "sinks": True}),
     ([(100, 300)], {"large": (60, 2**5, 2.0**90)}),  # sums with V overflow
     ([(129, 300)], {"large": (200, 2**12, 1), "window": 150, "soft_cap": 500.0}),
@@ -256,6 +257,33 @@ def test_scores_that_grow_in_the_interpreter(requests, options):
 def test_scores_that_grow(requests, options):
     prefill_cases.check(mosaic_prefill, requests, interpreted=False, **options)
     prefill_cases.check(mosaic_prefill, requests, interpreted=False, **options | {"blocks": 132, "block_k": 128})
+
+
+CLUSTERS = [
+    ([(70, 200), (20, 90)], {"dtype": "float16", "stages": 3}),
+    ([(150, 300), (1, 90), (40, 128)], {"blocks": 4, "group": 4, "layout": "layer_major", "own_out": False}),
+    ([(40, 300), (30, 33)], {"window": 50, "q_stages": 1, "sinks": True}),
+    ([(100, 300), (1, 90)], {"large": (60, 2**12, 1)}),
+]
+
+
+@pytest.fixture
+def clusters(monkeypatch):
+    """As many blocks of a cluster as a tiling says, where that is interpreted.
+
+    What the interpreter lacks is done otherwise: a copy to all blocks by each block for itself, and the verdict on a
+    first attempt is that of a block (the blocks of these cases agree).
+    """
+    monkeypatch.setattr(mosaic_prefill, "tiling_of", lambda tiling, *_, **__: tiling)
+    monkeypatch.setattr(
+        mosaic_prefill, "number_of_block", lambda: 2 * jax.lax.axis_index("cluster") + jax.lax.axis_index("peer")
+    )
+    monkeypatch.setattr(mosaic_prefill, "any_of_cluster", lambda flags, _: (flags[0] != 0) | (flags[1] != 0))
+
+
+@pytest.mark.parametrize(("requests", "options"), CLUSTERS, ids=str)
+def test_clusters_in_the_interpreter(clusters, requests, options):
+    prefill_cases.check(mosaic_prefill, requests, **options)
 
 
 # Both in one kernel
@@ -282,6 +310,10 @@ def check_mixed(requests, **options):
 @pytest.mark.parametrize(("requests", "options"), MIXED, ids=str)
 def test_mixed_in_the_interpreter(requests, options):
     check_mixed(requests, **options)
+
+
+def test_mixed_clusters_in_the_interpreter(clusters):
+    check_mixed([(5, 5), (1, 200), (150, 300), (1, 90)], blocks=4)
 
 
 @pytest.mark.gpu

@@ -122,8 +122,7 @@ def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, 
              has_sinks: bool, **scratch):  # fmt: skip
     """One block. Arguments are those of the Hopper kernel."""
     *sinks, out_ref, order_out = refs
-    warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-    work = Work(tiles, counts[0] * shape.num_q_heads, block, shape.tiling.blocks, shape)
+    warpgroup, work = lax.axis_index("warpgroup"), Work.of(tiles, counts[0], shape)
 
     @pl.when(warpgroup < _TILES)
     def _():
@@ -133,7 +132,7 @@ def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, 
     @pl.when(warpgroup == _COPIES)
     def _():
         plgpu.set_max_registers(tiling.registers[0], action="decrease")
-        pass_on(order, order_out, block)
+        pass_on(order, order_out, work.block)
         layer = layer_ref[0] * shape.layer_stride
         fill = functools.partial(mosaic_prefill.fill_gaps, work, gaps, counts[1], out_ref, scratch["zero_smem"])
         mosaic_prefill.drain(work, mosaic_prefill.copy(work, layer, q_ref, k_ref, v_ref, fill, **scratch), **scratch)

@@ -3,7 +3,8 @@
 Decoding waits for memory and prefill for the tensor cores, so at the same time they take less than one after the other
 (POD-Attention, Kamath et al., arXiv 2410.18038). There the two share a multiprocessor; here every block has its share
 of both, first decodes as `mosaic_decode` does and then multiplies as `mosaic_prefill` does, or the other way round: so
-at any time some read memory and others compute, whatever there is of each.
+at any time some read memory and others compute, whatever there is of each. Blocks of a cluster prefill together, hence
+in the same order.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from jax_vattention.attention import (
 )
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_view import Columns, pass_on
-from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
@@ -50,9 +50,8 @@ def run(
     interpret_tables: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`. Requests of one query are decodes."""
-    head_dim, dtype = q.shape[2], view.k.dtype
-    tiling = tiling or tuned(mosaic_prefill.Tiling(), "mosaic_prefill", head_dim, dtype)
-    decode_tiling = decode_shape.default_tiling(head_dim, dtype)
+    tiling = mosaic_prefill.tiling_of(tiling, q, view, interpret=interpret)
+    decode_tiling = decode_shape.default_tiling(q.shape[2], view.k.dtype)
     decode_tiling = dataclasses.replace(decode_tiling, blocks=min(decode_tiling.blocks, tiling.blocks))
     decodes, first, chunks = parted(q, batch)
     one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
@@ -74,9 +73,8 @@ def run(
     out, order, parts, lse = plgpu.kernel(
         functools.partial(_mixed, decode=decode, prefill=prefill, tiling=tiling, has_sinks=bool(sinks)),
         out_type=(*mosaic_prefill.results(prefill, q, order), *decode.parts(decodes)),
-        scratch_types=_scratch(decode, prefill, tiling, dtype),
-        grid=(tiling.blocks,),
-        grid_names=("block",),
+        scratch_types=_scratch(decode, prefill, tiling, view.k.dtype),
+        **tiling.grid,
         num_threads=_COPIES + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
@@ -128,12 +126,13 @@ def _scratch(
         mosaic_prefill.scratch_types(prefill, tiling, dtype),
     )
     arrays, barriers = zip(*(_by_kind(each) for each in both), strict=True)
-    between = plgpu.Barrier(num_arrivals=_COPIES + 1)
+    between = tiling.barrier(num_arrivals=_COPIES + 1)
     return {"memory": plgpu.RefUnion(*arrays), "barriers": barriers, "between": between}
 
 
 def _by_kind(scratch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    barriers = {name: each for name, each in scratch.items() if isinstance(each, plgpu.Barrier)}
+    kinds = plgpu.Barrier, plgpu.ClusterBarrier
+    barriers = {name: each for name, each in scratch.items() if isinstance(each, kinds)}
     return {name: each for name, each in scratch.items() if name not in barriers}, barriers
 
 
@@ -144,23 +143,21 @@ def _mixed(
 ):  # fmt: skip
     """One block. Arguments are those of the two kernels."""
     *sinks, out_ref, order_out, parts_ref, lse_ref = refs
-    warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+    warpgroup = lax.axis_index("warpgroup")
     own, others = (arrays | each for arrays, each in zip(memory, barriers, strict=True))
     layer = layer_ref[0] * prefill.layer_stride
-    reading, local = decode_split.Work(requests, streams, block, decode.together), jnp.int32(0)
-    computing = mosaic_prefill.Work(tiles, counts[0] * prefill.num_q_heads, block, prefill.tiling.blocks, prefill)
+    computing, local = mosaic_prefill.Work.of(tiles, counts[0], prefill), jnp.int32(0)
+    reading = decode_split.Work(requests, streams, computing.block, decode.together)
 
     def in_both_orders(decodes: Callable[[], None], prefills: Callable[[], None]) -> None:
         def job(number, nothing):
             @pl.when(number > 0)
             def _():
-                # The second one uses the shared memory of the first one.
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(between)
-                plgpu.barrier_wait(between)
+                # The second one uses the shared memory of the first one; prefill that of all blocks of its cluster.
+                mosaic_prefill.meet(between)
 
-            is_decode = lax.rem(block, 2) == number
-            pl.when(is_decode & (block < decode.streams))(decodes)
+            is_decode = lax.rem(computing.cluster, 2) == number
+            pl.when(is_decode & (computing.block < decode.streams))(decodes)
             pl.when(jnp.logical_not(is_decode))(prefills)
             return nothing
 
@@ -169,7 +166,7 @@ def _mixed(
     @pl.when(warpgroup == _COPIES)
     def _():
         plgpu.set_max_registers(tiling.registers[0], action="decrease")
-        pass_on(order, order_out, block)
+        pass_on(order, order_out, computing.block)
 
         def prefills():
             fill = functools.partial(mosaic_prefill.fill_gaps, computing, gaps, counts[1], out_ref, others["zero_smem"])
@@ -179,7 +176,7 @@ def _mixed(
         def decodes():
             mosaic_decode.copy(decode, local, reading, layer, k_ref, v_ref, None, **own)
             if decode.joins:
-                mosaic_join.fill(owners, requests, out_ref, block, decode.streams, unowned=False)
+                mosaic_join.fill(owners, requests, out_ref, computing.block, decode.streams, unowned=False)
 
         in_both_orders(decodes, prefills)
 
@@ -198,3 +195,5 @@ def _mixed(
             mosaic_prefill.multiply(computing, tiling, warpgroup, sink, out_ref, **others)
 
         in_both_orders(decodes, prefills)
+
+    mosaic_prefill.leave(between, tiling)

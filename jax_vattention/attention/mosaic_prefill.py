@@ -9,6 +9,10 @@ overlap, the softmax begins when the scores are there, next to the warpgroup's o
 
 Unlike there, a softmax has no maximum to look for in most tiles (see `optimistic`): tensor cores waited for that.
 
+The two blocks of a cluster work at the same time on the same tile of queries, for two heads that share a KV head: they
+loop over the same tiles of K and V, of which each block reads a half for both. That takes half the traffic of L2, and
+less power. A request's last tile, below, each block reads for itself.
+
 A block stays for the whole kernel: tiles of queries of all requests and heads, sorted by the keys that they see, are
 dealt out to the blocks, and the copying warpgroup runs ahead into the next one.
 
@@ -36,9 +40,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_products import (
+    any_of_cluster,
     begin_scores,
     begin_sum,
     give_turn,
+    number_of_block,
     pin,
     report_overflow,
     settle,
@@ -60,6 +66,8 @@ NOTHING = -1e30
 """Maximum of no scores. Finite: a row that sees nothing of a tile then needs no care."""
 _LIMIT = 2.0**100
 """Of the sum of a row's weights in an optimistic attempt."""
+_CLUSTER, _PEER = "cluster", "peer"
+"""Axes: of clusters, and of the blocks of one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +81,26 @@ class Tiles:
     q_stages: int = 2
     """Tiles of queries in shared memory."""
     blocks: int = BLOCKS
+    cluster: int = 1
+    """Blocks that read K and V together: they divide `blocks`, and the query heads of a KV head."""
+
+    @property
+    def grid(self) -> dict[str, Any]:
+        """How blocks are launched."""
+        clusters = {"cluster": (self.cluster,), "cluster_names": (_PEER,)} if self.cluster > 1 else {}
+        return {"grid": (self.blocks // self.cluster,), "grid_names": (_CLUSTER,)} | clusters
+
+    def barrier(self, **sizes: Any) -> plgpu.Barrier | plgpu.ClusterBarrier:
+        """One at which the blocks of a cluster arrive together: who waits waits for the warpgroups of all of them."""
+        return plgpu.ClusterBarrier(collective_axes=(_PEER,), **sizes) if self.cluster > 1 else plgpu.Barrier(**sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling(Tiles):
     """What may be tuned here."""
 
+    cluster: int = 2
+    """As many at most: see `tiling_of`."""
     own_out: bool = True
     """Results have shared memory of their own, and do not wait in that of their queries to be stored."""
     ping_pong: bool = True
@@ -186,11 +208,21 @@ def run(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`."""
-    tiling = tiling or tuned(Tiling(), "mosaic_prefill", q.shape[2], view.k.dtype)
+    tiling = tiling_of(tiling, q, view, interpret=interpret)
     shape = shape_of(q, view, features, scale=scale, tiling=tiling, interpret=interpret)
     kernel = functools.partial(_prefill, shape=shape, tiling=tiling, has_sinks=features.sinks is not None)
     types = scratch_types(shape, tiling, q.dtype)
+    if tiling.cluster > 1:
+        types["done"] = tiling.barrier(num_arrivals=_CONSUMERS + 1)
     return launch(kernel, types, _CONSUMERS + 1, shape, q, view, order, batch, features, interpret=interpret)
+
+
+def tiling_of(tiling: Tiling | None, q: jax.Array, view: LayerView, *, interpret: Any) -> Tiling:
+    """This one, or what is known to be fast, with clusters that heads and blocks can be dealt out to."""
+    tiling = tiling or tuned(Tiling(), "mosaic_prefill", q.shape[2], view.k.dtype)
+    cluster = math.gcd(tiling.cluster, q.shape[1] // view.num_kv_heads, tiling.blocks)
+    # The interpreter does not know the shared memory of other blocks.
+    return dataclasses.replace(tiling, cluster=1 if interpret else cluster)
 
 
 def shape_of(
@@ -221,8 +253,7 @@ def launch(
         kernel,
         out_type=results(shape, q, order),
         scratch_types=scratch,
-        grid=(shape.tiling.blocks,),
-        grid_names=("block",),
+        **shape.tiling.grid,
         num_threads=warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
@@ -276,15 +307,23 @@ def scratch_types(shape: Shape, tiling: Tiling, dtype: Any) -> dict[str, Any]:
         | out
         | {
             "q_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.q_stages),
-            "k_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
-            "v_free": plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
+            # A copy of K or V is one to all blocks of a cluster.
+            "k_free": tiling.barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
+            "v_free": tiling.barrier(num_arrivals=_CONSUMERS, num_barriers=tiling.stages),
         }
-        | ({"attempted": plgpu.Barrier(num_arrivals=_CONSUMERS)} if optimistic(dtype) else {})
+        | ({"attempted": tiling.barrier(num_arrivals=_CONSUMERS)} if optimistic(dtype) else {})
     )
 
 
+def meet(barrier) -> None:
+    """Waits for the other warpgroups: those of a block, or of a cluster."""
+    plgpu.commit_smem()  # and the threads of this one wait for each other
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
 def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, shape: Shape, tiling: Tiling,
-             has_sinks: bool, **scratch):  # fmt: skip
+             has_sinks: bool, done=None, **scratch):  # fmt: skip
     """One block; `Schedule` has the tables, `scratch_types` the rest.
 
     Args:
@@ -296,14 +335,13 @@ def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, 
       refs: sinks if there are any, out, and the order token once more: it comes out when the kernel is over.
     """
     *sinks, out_ref, order_out = refs
-    warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-    work = Work(tiles, counts[0] * shape.num_q_heads, block, shape.tiling.blocks, shape)
+    warpgroup, work = lax.axis_index("warpgroup"), Work.of(tiles, counts[0], shape)
     layer = layer_ref[0] * shape.layer_stride
 
     @pl.when(warpgroup == _CONSUMERS)
     def _():
         plgpu.set_max_registers(tiling.registers[0], action="decrease")
-        pass_on(order, order_out, block)
+        pass_on(order, order_out, work.block)
         fill = functools.partial(fill_gaps, work, gaps, counts[1], out_ref, scratch["zero_smem"])
         drain(work, copy(work, layer, q_ref, k_ref, v_ref, fill, **scratch), **scratch)
 
@@ -312,37 +350,63 @@ def _prefill(q_ref, k_ref, v_ref, tiles, gaps, counts, layer_ref, order, *refs, 
         plgpu.set_max_registers(tiling.registers[1], action="increase")
         multiply(work, tiling, warpgroup, sinks[0] if has_sinks else None, out_ref, **scratch)
 
+    leave(done, tiling)
+
+
+def leave(barrier, tiling: Tiling) -> None:
+    """At the end of a kernel: a block's shared memory has to be there until no other block of its cluster uses it."""
+    if tiling.cluster > 1:
+        meet(barrier)
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one block has to do: pairs of a tile of queries and a head, one after the other."""
+    """What one block has to do: pairs of a tile of queries and a head, one after the other.
+
+    Blocks of a cluster have the same tiles, and heads that are neighbours.
+    """
 
     tiles: Any
     total: jax.Array
-    """Of all blocks."""
+    """Of all clusters."""
     block: jax.Array
-    blocks: Any
-    """That share the work; an int, or known to the GPU only."""
     shape: Shape
+
+    @classmethod
+    def of(cls, tiles, count, shape: Shape) -> Work:
+        """Of this block, if so many tiles are used."""
+        size = shape.tiling.cluster
+        # An axis of a cluster is found by a division: compilers do not see that it is the same for all threads.
+        block = lax.axis_index(_CLUSTER) if size == 1 else number_of_block()
+        return cls(tiles, count * (shape.num_q_heads // size), block, shape)
+
+    @property
+    def cluster(self) -> jax.Array:
+        """Number of the block's cluster."""
+        return lax.div(self.block, self.shape.tiling.cluster)
+
+    @property
+    def _clusters(self) -> int:
+        return self.shape.tiling.blocks // self.shape.tiling.cluster
 
     @property
     def count(self) -> jax.Array:
         """Of this block."""
-        rounds = lax.div(self.total, self.blocks)
-        return rounds + (self._within(rounds) < lax.rem(self.total, self.blocks)).astype(jnp.int32)
+        rounds = lax.div(self.total, self._clusters)
+        return rounds + (self._within(rounds) < lax.rem(self.total, self._clusters)).astype(jnp.int32)
 
     def _within(self, i) -> jax.Array:
         """Longest first, and every other round in reverse, like a snake: no block gets the longer ones every time."""
-        return jnp.where(lax.rem(i, 2) == 0, self.block, self.blocks - 1 - self.block)
+        return jnp.where(lax.rem(i, 2) == 0, self.cluster, self._clusters - 1 - self.cluster)
 
     def item(self, i) -> tuple[jax.Array, jax.Array]:
         """Row of `tiles` and query head of number `i`. Heads that share a KV head are neighbours: L2 has their keys.
 
         After the last one comes the first one again.
         """
-        i = lax.rem(i, self.count)
-        item = i * self.blocks + self._within(i)
-        return lax.div(item, self.shape.num_q_heads), lax.rem(item, self.shape.num_q_heads)
+        i, size = lax.rem(i, self.count), self.shape.tiling.cluster
+        item, heads = i * self._clusters + self._within(i), self.shape.num_q_heads // size
+        return lax.div(item, heads), lax.rem(item, heads) * size + lax.rem(self.block, size)
 
 
 class Copied(NamedTuple):
@@ -392,7 +456,12 @@ def copy(
 
             def whole():
                 rows = pl.ds(pl.multiple_of(tile.row + key, BOX), block_k)
-                plgpu.copy_gmem_to_smem(ref.at[rows, column], smem.at[stage], ready.at[stage])
+                # Each block of a cluster copies its share to all. As a stage is free when it is in all of them, a share
+                # comes after all of what the stage had before; it may come before its block says how much it expects.
+                plgpu.copy_gmem_to_smem(
+                    ref.at[rows, column], smem.at[stage], ready.at[stage],
+                    collective_axes=_PEER if tiling.cluster > 1 else None,
+                )  # fmt: skip
 
             if not last:
                 whole()
@@ -436,7 +505,7 @@ def copy(
         def verdict():
             meanwhile()
             plgpu.barrier_wait(attempted)
-            return _failed(tile_smem, q_stages)
+            return _failed(tile_smem, tiling)
 
         wanted = lax.cond(number == 0, lambda: jnp.bool_(True), verdict)
         end = done.items + jnp.where(wanted, work.count, 0)
@@ -450,9 +519,11 @@ def copy(
     return lax.fori_loop(0, 2, attempt, done)
 
 
-def _failed(tile_smem, q_stages: int):
-    """Whether the first attempt of any warpgroup has."""
-    return functools.reduce(jnp.logical_or, (tile_smem[q_stages, i] != 0 for i in range(_CONSUMERS)))
+def _failed(tile_smem, tiling: Tiles):
+    """Whether the first attempt of any warpgroup has, of any block of the cluster: these go on together."""
+    if tiling.cluster > 1:
+        return any_of_cluster(tile_smem.at[tiling.q_stages, pl.ds(0, _CONSUMERS)], tiling.cluster)
+    return functools.reduce(jnp.logical_or, (tile_smem[tiling.q_stages, i] != 0 for i in range(_CONSUMERS)))
 
 
 def drain(work: Work, copied: Copied, *, q_free, k_free, v_free, **_) -> None:
@@ -485,7 +556,7 @@ def _clean(v, length, shape: Shape) -> None:
 
 def fill_gaps(work: Work, gaps, num_gaps, out_ref, zero_smem) -> None:
     """Writes 0 to the rows of padding tokens, which the blocks share."""
-    heads, blocks = work.shape.zero_heads, work.blocks
+    heads, blocks = work.shape.zero_heads, work.shape.tiling.blocks
     parts = work.shape.num_q_heads // heads
 
     @pl.when(num_gaps > 0)
@@ -648,10 +719,8 @@ def multiply(
         """See `copy`."""
 
         def verdict():
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(attempted)
-            plgpu.barrier_wait(attempted)
-            return _failed(tile_smem, tiling.q_stages)
+            meet(attempted)
+            return _failed(tile_smem, tiling)
 
         wanted = lax.cond(number == 0, lambda: jnp.bool_(True), verdict)
         begin = number * work.count

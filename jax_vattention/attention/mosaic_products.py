@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, memref, vector
+from jax._src.lib.mlir.dialects import arith, gpu, llvm, memref, nvvm, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
@@ -217,3 +217,39 @@ def report_overflow(totals, sums, low, high, limit: float, flag, *, interpreted:
                 memref.store(mgpu.c(1, i32), flag, [])
 
     report(totals, sums, own, flag)
+
+
+def number_of_block():
+    """Among the blocks of a grid of one dimension; those of a cluster follow each other."""
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT))
+    def read(_):
+        number = arith.index_cast(ir.IntegerType.get_signless(32), gpu.block_id(gpu.Dimension.x))
+        return mgpu.FragmentedArray.splat(number, (), is_signed=True)
+
+    return read()
+
+
+def any_of_cluster(flags, blocks: int):
+    """Whether any of these int32 in shared memory is not 0, in any of so many blocks of the cluster.
+
+    Who writes one has to commit it, then arrive at a barrier of the cluster; the others wait for that.
+    """
+    splat = plgpu.ShapeDtypeStruct((), jnp.bool_, plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=splat)
+    def read(_, flags):
+        i32 = ir.IntegerType.get_signless(32)
+
+        def load(block, i):
+            text = f"mapa.shared::cluster.u32 a, $1, {block}; ld.shared::cluster.b32 $0, [a + {4 * i}];"
+            address = [mgpu.utils.memref_ptr(flags)]
+            return llvm.inline_asm(i32, address, f"{{ .reg .b32 a; {text} }}", "=r,r", has_side_effects=True)
+
+        found = (load(*at) for at in np.ndindex(blocks, ir.MemRefType(flags.type).shape[0]))
+        some = arith.cmpi(arith.CmpIPredicate.ne, functools.reduce(arith.ori, found), mgpu.c(0, i32))
+        # All threads have found the same: unless compilers see it, loops that depend on it have no uniform registers.
+        some = nvvm.vote_sync(mgpu.c(-1, i32), some, "any")
+        return mgpu.FragmentedArray.splat(some, (), is_signed=False)
+
+    return read(flags)
