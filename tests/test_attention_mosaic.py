@@ -255,8 +255,8 @@ def test_scores_that_grow_in_the_interpreter(requests, options):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("requests", "options"), LARGE, ids=str)
 def test_scores_that_grow(requests, options):
-    prefill_cases.check(mosaic_prefill, requests, interpreted=False, **options)
-    prefill_cases.check(mosaic_prefill, requests, interpreted=False, **options | {"blocks": 132, "block_k": 128})
+    for sizes in ({}, {"cluster": 2}, {"blocks": 132, "block_k": 128}, {"blocks": 132, "block_k": 128, "cluster": 2}):
+        prefill_cases.check(mosaic_prefill, requests, interpreted=False, **options | sizes)
 
 
 CLUSTERS = [
@@ -283,7 +283,7 @@ def clusters(monkeypatch):
 
 @pytest.mark.parametrize(("requests", "options"), CLUSTERS, ids=str)
 def test_clusters_in_the_interpreter(clusters, requests, options):
-    prefill_cases.check(mosaic_prefill, requests, **options)
+    prefill_cases.check(mosaic_prefill, requests, cluster=2, **options)
 
 
 # Both in one kernel
@@ -313,11 +313,11 @@ def test_mixed_in_the_interpreter(requests, options):
 
 
 def test_mixed_clusters_in_the_interpreter(clusters):
-    check_mixed([(5, 5), (1, 200), (150, 300), (1, 90)], blocks=4)
+    check_mixed([(5, 5), (1, 200), (150, 300), (1, 90)], blocks=4, cluster=2)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("requests", "options"), MIXED, ids=str)
 def test_mixed_in_one_kernel(requests, options):
     check_mixed(requests, interpreted=False, **options)
-    check_mixed(requests, interpreted=False, **options | {"blocks": 132, "block_k": 128})
+    check_mixed(requests, interpreted=False, **options | {"blocks": 132, "block_k": 128, "cluster": 2})

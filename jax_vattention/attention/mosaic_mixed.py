@@ -33,6 +33,8 @@ from jax_vattention.attention.mosaic_view import Columns, pass_on
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
+_TILING = mosaic_prefill.Tiling(cluster=2, registers=(72, 216))
+"""Blocks that prefill leave more of what L2 delivers to those that decode, whose copying warpgroup has more to keep."""
 _COPIES = 2
 """The warpgroup that copies; those before it multiply, of which decoding uses the first."""
 
@@ -50,7 +52,7 @@ def run(
     interpret_tables: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`. Requests of one query are decodes."""
-    tiling = mosaic_prefill.tiling_of(tiling, q, view, interpret=interpret)
+    tiling = mosaic_prefill.tiling_of(tiling, _TILING, q, view, interpret=interpret)
     decode_tiling = decode_shape.default_tiling(q.shape[2], view.k.dtype)
     decode_tiling = dataclasses.replace(decode_tiling, blocks=min(decode_tiling.blocks, tiling.blocks))
     decodes, first, chunks = parted(q, batch)

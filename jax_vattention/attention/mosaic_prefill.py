@@ -9,9 +9,9 @@ overlap, the softmax begins when the scores are there, next to the warpgroup's o
 
 Unlike there, a softmax has no maximum to look for in most tiles (see `optimistic`): tensor cores waited for that.
 
-The two blocks of a cluster work at the same time on the same tile of queries, for two heads that share a KV head: they
-loop over the same tiles of K and V, of which each block reads a half for both. That takes half the traffic of L2, and
-less power. A request's last tile, below, each block reads for itself.
+Where blocks are in clusters, the two of one work at the same time on the same tile of queries, for two heads that share
+a KV head: they loop over the same tiles of K and V, of which each block reads a half for both. That takes half the
+traffic of L2, and less power. A request's last tile, below, each block reads for itself.
 
 A block stays for the whole kernel: tiles of queries of all requests and heads, sorted by the keys that they see, are
 dealt out to the blocks, and the copying warpgroup runs ahead into the next one.
@@ -82,7 +82,7 @@ class Tiles:
     """Tiles of queries in shared memory."""
     blocks: int = BLOCKS
     cluster: int = 1
-    """Blocks that read K and V together: they divide `blocks`, and the query heads of a KV head."""
+    """Blocks that read K and V together, at most: see `tiling_of`."""
 
     @property
     def grid(self) -> dict[str, Any]:
@@ -99,8 +99,6 @@ class Tiles:
 class Tiling(Tiles):
     """What may be tuned here."""
 
-    cluster: int = 2
-    """As many at most: see `tiling_of`."""
     own_out: bool = True
     """Results have shared memory of their own, and do not wait in that of their queries to be stored."""
     ping_pong: bool = True
@@ -208,7 +206,9 @@ def run(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`."""
-    tiling = tiling_of(tiling, q, view, interpret=interpret)
+    # Blocks that work together wait for each other where a tile of queries begins: it pays where many keys follow.
+    default = Tiling(cluster=2 if batch.num_requests == 1 else 1)
+    tiling = tiling_of(tiling, default, q, view, interpret=interpret)
     shape = shape_of(q, view, features, scale=scale, tiling=tiling, interpret=interpret)
     kernel = functools.partial(_prefill, shape=shape, tiling=tiling, has_sinks=features.sinks is not None)
     types = scratch_types(shape, tiling, q.dtype)
@@ -217,9 +217,9 @@ def run(
     return launch(kernel, types, _CONSUMERS + 1, shape, q, view, order, batch, features, interpret=interpret)
 
 
-def tiling_of(tiling: Tiling | None, q: jax.Array, view: LayerView, *, interpret: Any) -> Tiling:
-    """This one, or what is known to be fast, with clusters that heads and blocks can be dealt out to."""
-    tiling = tiling or tuned(Tiling(), "mosaic_prefill", q.shape[2], view.k.dtype)
+def tiling_of(tiling: Tiling | None, default: Tiling, q: jax.Array, view: LayerView, *, interpret: Any) -> Tiling:
+    """This one, or the default with what was tuned, with clusters that divide the blocks and the heads of a group."""
+    tiling = tiling or tuned(default, "mosaic_prefill", q.shape[2], view.k.dtype)
     cluster = math.gcd(tiling.cluster, q.shape[1] // view.num_kv_heads, tiling.blocks)
     # The interpreter does not know the shared memory of other blocks.
     return dataclasses.replace(tiling, cluster=1 if interpret else cluster)
