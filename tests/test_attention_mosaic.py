@@ -312,10 +312,7 @@ def test_mixed_in_the_interpreter(requests, options):
     check_mixed(requests, **options)
 
 
-@pytest.mark.parametrize("decoding", [4, 2])
-def test_mixed_clusters_in_the_interpreter(clusters, monkeypatch, decoding):
-    """The second cluster decodes, or has more time for prefill."""
-    monkeypatch.setattr(decode_shape, "default_tiling", lambda *_: decode_shape.Tiling(blocks=decoding))
+def test_mixed_clusters_in_the_interpreter(clusters):
     check_mixed([(5, 5), (1, 200), (150, 300), (1, 90)], blocks=4, cluster=2)
 
 

@@ -1,7 +1,6 @@
 """The schedule of a prefill, in Pallas' interpreter, against one that is made tile by tile."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_vattention import RaggedBatch
-from jax_vattention.attention import mosaic_prefill, prefill_split
+from jax_vattention.attention import prefill_split
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.prefill_split import Sizes, Tile
 
@@ -113,24 +112,3 @@ def test_slots_that_do_not_exist_are_cut_to_those_that_do():
     view = view_without_contents(SLOTS, SLOT_TOKENS)
     found = prefill_split.schedule(batch, view, Features(), sizes, interpret=True)
     assert Tile(*found.tiles[0, : len(Tile._fields)].tolist()).row == (SLOTS - 1) * SLOT_TOKENS
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 40), st.sampled_from([(4, 1), (4, 2), (6, 2)]), st.integers(1, 5), st.data())
-def test_every_tile_of_every_head_is_one_blocks(tiles, heads_and_cluster, clusters, data):
-    heads, cluster = heads_and_cluster
-    spare, wanted = data.draw(st.integers(0, clusters)), data.draw(st.integers(0, 50))
-    tiling = mosaic_prefill.Tiling(blocks=clusters * cluster, cluster=cluster)
-    total = tiles * heads // cluster
-    more = min(wanted, total // spare) if spare else 0  # as `Work.of` has it
-    found, counts = [], []
-    for block in range(tiling.blocks):
-        shape = types.SimpleNamespace(num_q_heads=heads, tiling=tiling)
-        work = mosaic_prefill.Work(None, jnp.int32(total), jnp.int32(block), shape, spare, more)
-        counts.append(int(work.count))
-        if counts[-1]:
-            found += zip(*map(np.asarray, work.item(jnp.arange(counts[-1], dtype=jnp.int32))), strict=True)
-    assert sorted(found) == [(tile, head) for tile in range(tiles) for head in range(heads)]
-    others, own = counts[: (clusters - spare) * cluster], counts[(clusters - spare) * cluster :]
-    assert max(others, default=0) - min(others, default=0) <= 1
-    assert all(count >= more for count in own)

@@ -30,14 +30,11 @@ from jax_vattention.attention import (
 )
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_view import Columns, pass_on
-from jax_vattention.attention.prefill_split import Tile
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
 _TILING = mosaic_prefill.Tiling(cluster=2, registers=(72, 216))
 """Blocks that prefill leave more of what L2 delivers to those that decode, whose copying warpgroup has more to keep."""
-_UNITS = 5
-"""Of decodes, that a block reads in the time that it takes for 128 queries and 128 keys of a prefill, or a bit more."""
 _COPIES = 2
 """The warpgroup that copies; those before it multiply, of which decoding uses the first."""
 
@@ -151,11 +148,7 @@ def _mixed(
     warpgroup = lax.axis_index("warpgroup")
     own, others = (arrays | each for arrays, each in zip(memory, barriers, strict=True))
     layer = layer_ref[0] * prefill.layer_stride
-    # Clusters without decodes prefill all the time: the longest tiles that others need not wait for.
-    spare = (tiling.blocks - decode.streams) // tiling.cluster
-    units = tiles[0, Tile._fields.index("blocks")] * (_UNITS * tiling.block_k // 128)
-    more = lax.div(streams[0, decode_split.NUM_UNITS], jnp.maximum(units, 1))
-    computing, local = mosaic_prefill.Work.of(tiles, counts[0], prefill, spare, more), jnp.int32(0)
+    computing, local = mosaic_prefill.Work.of(tiles, counts[0], prefill), jnp.int32(0)
     reading = decode_split.Work(requests, streams, computing.block, decode.together)
 
     def in_both_orders(decodes: Callable[[], None], prefills: Callable[[], None]) -> None:

@@ -371,20 +371,14 @@ class Work:
     """Of all clusters."""
     block: jax.Array
     shape: Shape
-    spare: int = 0
-    """The last clusters, so many, have time for more than the others."""
-    more: Any = 0
-    """How many items each of these takes before all share the others."""
 
     @classmethod
-    def of(cls, tiles, count, shape: Shape, spare: int = 0, more: Any = 0) -> Work:
+    def of(cls, tiles, count, shape: Shape) -> Work:
         """Of this block, if so many tiles are used."""
         size = shape.tiling.cluster
         # An axis of a cluster is found by a division: compilers do not see that it is the same for all threads.
         block = lax.axis_index(_CLUSTER) if size == 1 else number_of_block()
-        total = count * (shape.num_q_heads // size)
-        more = jnp.minimum(more, lax.div(total, spare)) if spare else 0
-        return cls(tiles, total, block, shape, spare, more)
+        return cls(tiles, count * (shape.num_q_heads // size), block, shape)
 
     @property
     def cluster(self) -> jax.Array:
@@ -396,17 +390,10 @@ class Work:
         return self.shape.tiling.blocks // self.shape.tiling.cluster
 
     @property
-    def _own_more(self) -> Any:
-        """`more` of this cluster."""
-        return jnp.where(self.cluster >= self._clusters - self.spare, self.more, 0) if self.spare else 0
-
-    @property
     def count(self) -> jax.Array:
         """Of this block."""
-        shared = self.total - self.spare * self.more
-        rounds = lax.div(shared, self._clusters)
-        last = (self._within(rounds) < lax.rem(shared, self._clusters)).astype(jnp.int32)
-        return self._own_more + rounds + last
+        rounds = lax.div(self.total, self._clusters)
+        return rounds + (self._within(rounds) < lax.rem(self.total, self._clusters)).astype(jnp.int32)
 
     def _within(self, i) -> jax.Array:
         """Longest first, and every other round in reverse, like a snake: no block gets the longer ones every time."""
@@ -418,10 +405,7 @@ class Work:
         After the last one comes the first one again.
         """
         i, size = lax.rem(i, self.count), self.shape.tiling.cluster
-        heads, number = self.shape.num_q_heads // size, i - self._own_more
-        item = self.spare * self.more + number * self._clusters + self._within(number)
-        if self.spare:
-            item = jnp.where(number < 0, i * self.spare + self._clusters - 1 - self.cluster, item)
+        item, heads = i * self._clusters + self._within(i), self.shape.num_q_heads // size
         return lax.div(item, heads), lax.rem(item, heads) * size + lax.rem(self.block, size)
 
 
