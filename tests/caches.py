@@ -26,10 +26,10 @@ def abstract_cache(spec):
     return KVCache(views, mapped, int32(4), spec, jax.eval_shape(lambda: cache_scales(spec)))
 
 
-def view_without_contents(slots, slot_tokens, *, window=None, mapped_first=None):
+def view_without_contents(slots, slot_tokens, *, window=None, mapped_first=None, heads=1):
     """A layer's view for what looks at its sizes and at what is mapped: from `mapped_first` of each slot to its end."""
     bounds = [[0] * slots if mapped_first is None else mapped_first, [slot_tokens] * slots]
-    k = jnp.zeros((slots, slot_tokens, 1, 8), jnp.float32)
+    k = jnp.zeros((slots, slot_tokens, heads, 8), jnp.float32)
     return LayerView(k, k, jnp.int32(0), jnp.asarray(bounds, jnp.int32), window)
 
 

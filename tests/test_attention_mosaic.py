@@ -8,7 +8,7 @@ import numpy as np
 import prefill_cases
 import pytest
 import test_attention as suite
-from caches import plain_cache
+from caches import plain_cache, view_without_contents
 from decode_cases import check_decode
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from mosaic_interpreter import interpreter
@@ -279,6 +279,16 @@ def clusters(monkeypatch):
         mosaic_prefill, "number_of_block", lambda: 2 * jax.lax.axis_index("cluster") + jax.lax.axis_index("peer")
     )
     monkeypatch.setattr(mosaic_prefill, "any_of_cluster", lambda flags, _: (flags[0] != 0) | (flags[1] != 0))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "blocks", "expected"), [(8, 2, 132, 2), (6, 2, 132, 1), (8, 8, 132, 1), (8, 2, 3, 1)]
+)
+def test_clusters_divide_the_blocks_and_the_heads_of_a_group(heads, kv_heads, blocks, expected):
+    q, view = jnp.zeros((1, heads, 64)), view_without_contents(4, 256, heads=kv_heads)
+    tiling = mosaic_prefill.Tiling(cluster=2, blocks=blocks)
+    assert mosaic_prefill.tiling_of(tiling, tiling, q, view, interpret=False).cluster == expected
+    assert mosaic_prefill.tiling_of(tiling, tiling, q, view, interpret=True).cluster == 1
 
 
 @pytest.mark.parametrize(("requests", "options"), CLUSTERS, ids=str)

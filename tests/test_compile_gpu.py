@@ -234,6 +234,19 @@ def quantized_and_read(x, weights, cache, batch):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_one_prompt_on_hopper(dtype, head_dim):
+    """Whose blocks share their reads."""
+    spec, row = llama_spec(dtype=dtype, head_dim=head_dim), int32(1)
+    batch = RaggedBatch(slots=row, q_starts=row, q_lens=row, kv_lens=row, max_q_len=1024)
+    each = compile_for("h100", straight, abstract_q(spec, 1024), abstract_cache(spec), int32(), batch)
+    assert_views_not_copied(each, spec)
+    assert len(mosaic_kernels(each)) == 2
+    assert all("attention_prefill" in rest for rest in mosaic_kernels(each))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
 @pytest.mark.parametrize("max_q_len", [1, 512], ids=["decode", "prefill"])
 def test_a_layer_on_hopper_is_one_launch(max_q_len):
     each = compiled("h100", "straight", llama_spec(), max_q_len)

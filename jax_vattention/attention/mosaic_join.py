@@ -2,8 +2,12 @@
 
 The last of the pair's streams does it, as in Stream-K's "fixup" (Osama et al., arXiv 2301.03598): each counts itself
 when it is done, and who finds that all others are reads what they have written. No stream waits for another, so none
-has to run at the same time. Where there is much to join, or for who has no atomic operations, a kernel of its own does
-that instead: `decode_split.join`.
+has to run at the same time. Where there is much to join, and in the interpreter, a kernel of its own does that instead:
+`decode_split.join`.
+
+They count in `Split.streams`, which XLA takes for a constant of all layers of a program: before a kernel and after it the
+counters are 0. Two kernels with one table must not run at the same time. XLA runs them one after the other, unless it is
+asked for more (`xla_gpu_command_buffer_scheduling_mode=CONCURRENT`).
 """
 
 from __future__ import annotations
