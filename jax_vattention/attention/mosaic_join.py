@@ -5,9 +5,9 @@ when it is done, and who finds that all others are reads what they have written.
 has to run at the same time. Where there is much to join, and in the interpreter, a kernel of its own does that instead:
 `decode_split.join`.
 
-They count in `Split.streams`, which XLA takes for a constant of all layers of a program: before a kernel and after it the
-counters are 0. Two kernels with one table must not run at the same time. XLA runs them one after the other, unless it is
-asked for more (`xla_gpu_command_buffer_scheduling_mode=CONCURRENT`).
+They count in `Split.streams`, which XLA takes for a constant of all layers of a program: before a kernel and after it
+the counters are 0. Two kernels with one table must not run at the same time. XLA runs them one after the other, unless
+it is asked for more (`xla_gpu_command_buffer_scheduling_mode=CONCURRENT`).
 """
 
 from __future__ import annotations
