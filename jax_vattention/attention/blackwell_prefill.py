@@ -24,10 +24,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention import mosaic_prefill
+from jax_vattention.attention import mosaic_prefill, mosaic_softmax
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_prefill import Shape, Work
+from jax_vattention.attention.mosaic_prefill import Work
 from jax_vattention.attention.mosaic_view import pass_on
+from jax_vattention.attention.prefill_shape import Shape, Tiles
 from jax_vattention.attention.prefill_split import Tile
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
@@ -52,7 +53,7 @@ _ROW = _NATIVE.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiling(mosaic_prefill.Tiles):
+class Tiling(Tiles):
     """What may be tuned here."""
 
     q_stages: int = 1
@@ -254,7 +255,7 @@ def _weigh(
             scores = _load(scores_ref, shape)
             key = tile.begin + (tile.blocks - 1 - t) * tiling.block_k
             visible = functools.partial(_visible, tile=tile, position=position, key=key, shape=shape)
-            weights, new_maximum, shrink, total = mosaic_prefill.softmax(
+            weights, new_maximum, shrink, total = mosaic_softmax.softmax(
                 scores, maximum, total, shape, visible if masked else None, slack=_SLACK
             )
             plgpu.async_store_tmem(weights_ref, weights.astype(weights_ref.dtype))
@@ -271,16 +272,16 @@ def _weigh(
         def steps(begin, end, state, *, masked: bool):
             return lax.fori_loop(begin, end, functools.partial(step, masked=masked), state)
 
-        low, high = mosaic_prefill.unmasked(tile, position, ROWS, shape)
+        low, high = mosaic_softmax.unmasked(tile, position, ROWS, shape)
         full, below = tile.blocks - high, tile.blocks - low
-        maximum = plgpu.layout_cast(jnp.full((ROWS,), mosaic_prefill.NOTHING, jnp.float32), _ROW)
+        maximum = plgpu.layout_cast(jnp.full((ROWS,), mosaic_softmax.NOTHING, jnp.float32), _ROW)
         total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _ROW)
         state = steps(0, full, (maximum, total), masked=True)
         state = steps(full, below, state, masked=False)
         if shape.window is not None:
             state = steps(jnp.maximum(full, below), tile.blocks, state, masked=True)
         maximum, total = state
-        total = mosaic_prefill.denominator(maximum, total, None if sinks is None else sinks[head], shape)
+        total = mosaic_softmax.denominator(maximum, total, None if sinks is None else sinks[head], shape)
         plgpu.barrier_wait(acc_ready.at[warpgroup])
         acc = _load(acc_ref, shape)
         acc = acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])

@@ -26,6 +26,7 @@ from jax_vattention.attention import (
     mosaic_decode,
     mosaic_join,
     mosaic_prefill,
+    prefill_shape,
     prefill_split,
 )
 from jax_vattention.attention.features import Features
@@ -120,7 +121,7 @@ def placed(decoded: jax.Array, out: jax.Array, batch: RaggedBatch) -> jax.Array:
 
 
 def _scratch(
-    decode: decode_shape.Shape, prefill: mosaic_prefill.Shape, tiling: mosaic_prefill.Tiling, dtype: Any
+    decode: decode_shape.Shape, prefill: prefill_shape.Shape, tiling: mosaic_prefill.Tiling, dtype: Any
 ) -> dict[str, Any]:
     """Shared memory, which a block uses for one thing or the other, and the barriers of both."""
     both = (
@@ -140,7 +141,7 @@ def _by_kind(scratch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _mixed(
     q_ref, q_tiles, k_ref, v_ref, tiles, gaps, counts, requests, streams, owners, layer_ref, order, *refs,
-    decode: decode_shape.Shape, prefill: mosaic_prefill.Shape, tiling: mosaic_prefill.Tiling, has_sinks: bool, memory,
+    decode: decode_shape.Shape, prefill: prefill_shape.Shape, tiling: mosaic_prefill.Tiling, has_sinks: bool, memory,
     barriers, between,
 ):  # fmt: skip
     """One block. Arguments are those of the two kernels."""

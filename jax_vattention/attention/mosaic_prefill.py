@@ -30,12 +30,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, vector
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention.features import Features
@@ -51,48 +47,27 @@ from jax_vattention.attention.mosaic_products import (
     sums_of_columns,
     wait_turn,
 )
-from jax_vattention.attention.mosaic_view import BLOCKS, BOX, ROWS, Columns, pass_on, store_rows, swizzled
-from jax_vattention.attention.prefill_split import FIELDS, Sizes, Tile, schedule
+from jax_vattention.attention.mosaic_softmax import (
+    NOTHING,
+    denominator,
+    scores_of,
+    softmax_of_tile,
+    unmasked,
+    weights_of,
+)
+from jax_vattention.attention.mosaic_view import BOX, ROWS, Columns, pass_on, store_rows, swizzled
+from jax_vattention.attention.prefill_shape import CLUSTER, PEER, Shape, Tiles
+from jax_vattention.attention.prefill_split import FIELDS, Tile, schedule
 from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
-_LOG2_E = math.log2(math.e)
 _CONSUMERS = 2
 """Warpgroups of a block that multiply."""
 _BLOCK_Q = ROWS * _CONSUMERS
 """Queries of a tile."""
-NOTHING = -1e30
-"""Maximum of no scores. Finite: a row that sees nothing of a tile then needs no care."""
 _LIMIT = 2.0**100
 """Of the sum of a row's weights in an optimistic attempt."""
-_CLUSTER, _PEER = "cluster", "peer"
-"""Axes: of clusters, and of the blocks of one."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """What may be tuned in any kernel that `copy` feeds."""
-
-    block_k: int = 128
-    """Keys of a tile."""
-    stages: int = 2
-    """Tiles of keys in shared memory."""
-    q_stages: int = 2
-    """Tiles of queries in shared memory."""
-    blocks: int = BLOCKS
-    cluster: int = 1
-    """Blocks that read K and V together, at most: see `tiling_of`."""
-
-    @property
-    def grid(self) -> dict[str, Any]:
-        """How blocks are launched."""
-        clusters = {"cluster": (self.cluster,), "cluster_names": (_PEER,)} if self.cluster > 1 else {}
-        return {"grid": (self.blocks // self.cluster,), "grid_names": (_CLUSTER,)} | clusters
-
-    def barrier(self, **sizes: Any) -> plgpu.Barrier | plgpu.ClusterBarrier:
-        """One at which the blocks of a cluster arrive together: who waits waits for the warpgroups of all of them."""
-        return plgpu.ClusterBarrier(collective_axes=(_PEER,), **sizes) if self.cluster > 1 else plgpu.Barrier(**sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,67 +94,6 @@ def optimistic(dtype: Any) -> bool:
     such range.
     """
     return float(jnp.finfo(dtype).max) > _LIMIT
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Static sizes of a kernel."""
-
-    num_q_heads: int
-    group: int
-    head_dim: int
-    tokens: int
-    """Of the query array, padded."""
-    block_q: int
-    """Queries of a tile."""
-    tiling: Tiles
-    scale: float
-    soft_cap: float | None
-    window: int | None
-    interpreted: bool
-    layer_stride: int
-    """See `Columns`, as for `v_column`."""
-    v_column: int
-
-    @classmethod
-    def of(
-        cls,
-        q: jax.Array,
-        view: LayerView,
-        features: Features,
-        *,
-        block_q: int,
-        scale: float,
-        tiling: Tiles,
-        interpret: Any,
-    ) -> Shape:
-        """Those of a kernel for these arguments."""
-        tokens, num_q_heads, head_dim = q.shape
-        columns = Columns.of(view)
-        return cls(
-            num_q_heads=num_q_heads,
-            group=num_q_heads // view.num_kv_heads,
-            head_dim=head_dim,
-            # Every tile of queries lies within the array.
-            tokens=max(-(-tokens // BOX) * BOX, block_q),
-            block_q=block_q,
-            tiling=tiling,
-            scale=scale,
-            soft_cap=features.soft_cap,
-            window=view.window,
-            interpreted=bool(interpret),
-            layer_stride=columns.layer_stride,
-            v_column=columns.v_column,
-        )
-
-    def split_sizes(self, tokens: int) -> Sizes:
-        """Those of the schedule for so many tokens."""
-        return Sizes(tokens, self.tokens, self.block_q, self.tiling.block_k)
-
-    @property
-    def zero_heads(self) -> int:
-        """Heads of a padding token that one copy fills with zeros."""
-        return math.gcd(self.num_q_heads, 4)
 
 
 def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
@@ -377,7 +291,7 @@ class Work:
         """Of this block, if so many tiles are used."""
         size = shape.tiling.cluster
         # An axis of a cluster is found by a division: compilers do not see that it is the same for all threads.
-        block = lax.axis_index(_CLUSTER) if size == 1 else number_of_block()
+        block = lax.axis_index(CLUSTER) if size == 1 else number_of_block()
         return cls(tiles, count * (shape.num_q_heads // size), block, shape)
 
     @property
@@ -460,7 +374,7 @@ def copy(
                 # comes after all of what the stage had before; it may come before its block says how much it expects.
                 plgpu.copy_gmem_to_smem(
                     ref.at[rows, column], smem.at[stage], ready.at[stage],
-                    collective_axes=_PEER if tiling.cluster > 1 else None,
+                    collective_axes=PEER if tiling.cluster > 1 else None,
                 )  # fmt: skip
 
             if not last:
@@ -617,7 +531,7 @@ def multiply(
         plgpu.commit_smem()  # reads by threads come before the next copy to the same place, which is no thread's
         q = q_smem.at[q_stage, own_rows]
         position = tile.position + warpgroup * ROWS
-        softmax = functools.partial(_softmax, tile=tile, position=position, shape=shape)
+        softmax = functools.partial(softmax_of_tile, tile=tile, position=position, shape=shape)
 
         def stage_of(t):
             return lax.rem(count + t, stages)
@@ -668,7 +582,7 @@ def multiply(
             if masked or not hopeful:
                 weights, maximum, shrink, total = softmax(scores, maximum, state.total, key_of(t), masked=masked)
             else:
-                weights = _weights(*_scores(scores, shape), maximum)
+                weights = weights_of(*scores_of(scores, shape), maximum)
                 total = state.total + sums_of_columns(weights, interpreted=interpreted)
             if tiling.overlap:
                 pin(total, interpreted=interpreted)
@@ -739,136 +653,6 @@ def multiply(
             wait_turn(0)
 
     plgpu.wait_smem_to_gmem(0)
-
-
-def unmasked(tile: Tile, position, rows: int, shape: Shape, *, behind: int = 0) -> tuple[Any, Any]:
-    """Tiles of keys `low .. high - 1` that each of so many rows sees all of, and so many keys `behind` them.
-
-    `position` is that of the first row.
-    """
-    block_k = shape.tiling.block_k
-    seen = jnp.maximum(position + 1, tile.prefix) - behind - tile.begin
-    high = jnp.minimum(lax.div(jnp.maximum(seen, 0), block_k), tile.blocks)
-    if shape.window is None:
-        return jnp.int32(0), high
-    hidden = jnp.maximum(position + rows - shape.window - tile.begin, 0)
-    return jnp.minimum(lax.div(hidden + block_k - 1, block_k), tile.blocks), high
-
-
-def factors(shape: Shape) -> tuple[float | None, float]:
-    """Scores are products times the one, if there is no cap, and exponents of 2 are scores times the other."""
-    if shape.soft_cap is not None:
-        return None, 1.0
-    # A maximum is one of products only if the factor is positive; then exponents take a multiplication and addition.
-    return (1.0, shape.scale * _LOG2_E) if shape.scale > 0 else (shape.scale * _LOG2_E, 1.0)
-
-
-def denominator(maximum, total, sink, shape: Shape):
-    """Of the softmax of each row, in the end."""
-    if sink is not None:
-        factor = factors(shape)[1]
-        total = total + jnp.exp2(sink * _LOG2_E - maximum * factor)
-    # A row that sees nothing, of no request, has total 0.
-    return jnp.where(total == 0, 1, total)
-
-
-def _softmax(products, maximum, total, key, *, tile: Tile, position, shape: Shape, masked: bool):
-    """See `softmax`. The first key is number `key`."""
-    visible = functools.partial(_visible, tile=tile, position=position, key=key, shape=shape) if masked else None
-    sums = functools.partial(sums_of_columns, interpreted=shape.interpreted)
-    return softmax(products, maximum, total, shape, visible, sums=sums)
-
-
-def softmax(
-    products, maximum, total, shape: Shape, visible: Callable[..., Any] | None, *, slack: float = 0.0, sums=None
-):
-    """Returns `(weights, maximum, factor of what was found so far, total)`.
-
-    Args:
-      visible: puts minus infinity in the place of scores that a row does not see; None if it sees all.
-      sums: adds up some of the columns of weights, if `total` has a few columns of which the sum is the total.
-      slack: weights may grow up to 2 to the power of it before a new maximum takes the place of the old one.
-    """
-    scores, factor = _scores(products, shape)
-    if visible is not None:
-        scores = visible(scores)
-    new_maximum = jnp.maximum(maximum, scores.max(axis=1))
-    if slack:
-        # NaN, which is found for rows of no request, changes nothing.
-        new_maximum = jnp.where(new_maximum - maximum > slack / factor, new_maximum, maximum)
-    shrink = jnp.exp2((maximum - new_maximum) * factor)
-    weights = _weights(scores, factor, new_maximum)
-    if sums is None:
-        return weights, new_maximum, shrink, total * shrink + weights.sum(axis=1)
-    return weights, new_maximum, shrink, total * lax.broadcast_in_dim(shrink, total.shape, [0]) + sums(weights)
-
-
-def _scores(products, shape: Shape) -> tuple[Any, float]:
-    """Scores, and the factor that makes exponents of 2 of them."""
-    first, factor = factors(shape)
-    if shape.soft_cap is not None:
-        products = jnp.tanh(products * (shape.scale / shape.soft_cap)) * (shape.soft_cap * _LOG2_E)
-    elif first != 1.0:
-        products = products * first
-    return products, factor
-
-
-def _weights(scores, factor: float, maximum):
-    return jnp.exp2(scores * factor - lax.broadcast_in_dim(maximum * factor, scores.shape, [0]))
-
-
-def _visible(scores, *, tile: Tile, position, key, shape: Shape):
-    """`scores`, and minus infinity for keys, from number `key` on, that a row does not see."""
-    layout = None if shape.interpreted else plgpu.Layout.WGMMA.reduce(1)
-    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout)
-    end = jnp.maximum(row + (position + 1 - key), tile.prefix - key)
-    if shape.window is None:
-        begin = plgpu.layout_cast(jnp.zeros_like(end), layout) if layout else jnp.zeros_like(end)
-    else:
-        begin = row + (position + 1 - shape.window - key)
-    if shape.interpreted:
-        column = jnp.arange(scores.shape[1], dtype=jnp.int32)[None, :]
-        return jnp.where((column >= begin[:, None]) & (column < end[:, None]), scores, -jnp.inf)
-    return _masked(scores, begin, end, has_begin=shape.window is not None)
-
-
-def _masked(scores, begin, end, *, has_begin: bool):
-    """`scores`, and minus infinity in columns other than `begin .. end - 1`.
-
-    As comparisons of constants with bounds that lack the first column of the thread: `jnp.where` would keep the number
-    of each column in a register of its own, through all loops.
-    """
-    wgmma, row = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
-
-    def place(i):
-        return ir.DenseI64ArrayAttr.get([i])
-
-    def scalar(register, i):
-        return vector.extract(register, dynamic_position=[], static_position=place(i))
-
-    @plgpu.inline_mgpu(
-        arg_types=(wgmma, row, row), return_type=plgpu.ShapeDtypeStruct(scores.shape, scores.dtype, wgmma)
-    )
-    def mask(_, scores, begin, end):
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        (_, first), *_ = scores.layout.thread_idxs(scores.shape)
-        first = arith.index_cast(i32, first)
-        bounds = [[arith.subi(scalar(each, 0), first) for each in rows.registers.flat] for rows in (begin, end)]
-        hidden = mgpu.c(-math.inf, f32)
-        registers = scores.registers.copy()
-        for at, register in np.ndenumerate(registers):
-            begin, end = (each[at[4]] for each in bounds)  # the thread's upper or lower row
-            for i in range(2):
-                column = mgpu.c(8 * at[1] + i, i32)
-                seen = arith.cmpi(arith.CmpIPredicate.slt, column, end)
-                if has_begin:
-                    seen = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.sge, column, begin))
-                value = arith.select(seen, scalar(register, i), hidden)
-                register = vector.insert(value, register, dynamic_position=[], static_position=place(i))
-            registers[at] = register
-        return mgpu.FragmentedArray(_registers=registers, _layout=scores.layout, _is_signed=None)
-
-    return mask(scores, begin, end)
 
 
 def _store(result, buffer, out_ref, tile: Tile, head, warpgroup, shape: Shape) -> None:

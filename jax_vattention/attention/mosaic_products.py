@@ -26,7 +26,7 @@ _TURN = 8
 
 
 def _operand(dtype: Any) -> Any:
-    """A tile in shared memory as `mosaic_prefill.swizzled` makes it."""
+    """A tile in shared memory as `mosaic_view.swizzled` makes it."""
     tiling = plgpu.TilingTransform((8, _SWIZZLE // jnp.dtype(dtype).itemsize))
     return plgpu.RefType((tiling, plgpu.SwizzleTransform(_SWIZZLE)))
 

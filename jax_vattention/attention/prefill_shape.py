@@ -1,0 +1,104 @@
+"""Static sizes of the prefill kernels: tiles of queries and keys, and blocks and their clusters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_vattention.attention.features import Features
+from jax_vattention.attention.mosaic_view import BLOCKS, BOX, Columns
+from jax_vattention.attention.prefill_split import Sizes
+from jax_vattention.cache import LayerView
+
+CLUSTER, PEER = "cluster", "peer"
+"""Axes: of clusters, and of the blocks of one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """What may be tuned in any kernel that `copy` feeds."""
+
+    block_k: int = 128
+    """Keys of a tile."""
+    stages: int = 2
+    """Tiles of keys in shared memory."""
+    q_stages: int = 2
+    """Tiles of queries in shared memory."""
+    blocks: int = BLOCKS
+    cluster: int = 1
+    """Blocks that read K and V together, at most: see `tiling_of`."""
+
+    @property
+    def grid(self) -> dict[str, Any]:
+        """How blocks are launched."""
+        clusters = {"cluster": (self.cluster,), "cluster_names": (PEER,)} if self.cluster > 1 else {}
+        return {"grid": (self.blocks // self.cluster,), "grid_names": (CLUSTER,)} | clusters
+
+    def barrier(self, **sizes: Any) -> plgpu.Barrier | plgpu.ClusterBarrier:
+        """One at which the blocks of a cluster arrive together: who waits waits for the warpgroups of all of them."""
+        return plgpu.ClusterBarrier(collective_axes=(PEER,), **sizes) if self.cluster > 1 else plgpu.Barrier(**sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Static sizes of a kernel."""
+
+    num_q_heads: int
+    group: int
+    head_dim: int
+    tokens: int
+    """Of the query array, padded."""
+    block_q: int
+    """Queries of a tile."""
+    tiling: Tiles
+    scale: float
+    soft_cap: float | None
+    window: int | None
+    interpreted: bool
+    layer_stride: int
+    """See `Columns`, as for `v_column`."""
+    v_column: int
+
+    @classmethod
+    def of(
+        cls,
+        q: jax.Array,
+        view: LayerView,
+        features: Features,
+        *,
+        block_q: int,
+        scale: float,
+        tiling: Tiles,
+        interpret: Any,
+    ) -> Shape:
+        """Those of a kernel for these arguments."""
+        tokens, num_q_heads, head_dim = q.shape
+        columns = Columns.of(view)
+        return cls(
+            num_q_heads=num_q_heads,
+            group=num_q_heads // view.num_kv_heads,
+            head_dim=head_dim,
+            # Every tile of queries lies within the array.
+            tokens=max(-(-tokens // BOX) * BOX, block_q),
+            block_q=block_q,
+            tiling=tiling,
+            scale=scale,
+            soft_cap=features.soft_cap,
+            window=view.window,
+            interpreted=bool(interpret),
+            layer_stride=columns.layer_stride,
+            v_column=columns.v_column,
+        )
+
+    def split_sizes(self, tokens: int) -> Sizes:
+        """Those of the schedule for so many tokens."""
+        return Sizes(tokens, self.tokens, self.block_q, self.tiling.block_k)
+
+    @property
+    def zero_heads(self) -> int:
+        """Heads of a padding token that one copy fills with zeros."""
+        return math.gcd(self.num_q_heads, 4)
