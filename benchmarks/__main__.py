@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import _stop
 from benchmarks._report import BenchmarkError, Report
 
 BENCHMARKS = {
@@ -68,7 +70,9 @@ def _run(name: str, argv: Sequence[str]) -> int:
     module.add_arguments(parser)
     arguments = parser.parse_args(argv)
     try:
-        report: Report = module.run(arguments)
+        # Those that can leave rows out do so when they are told to stop.
+        with _stop.heeded() if hasattr(arguments, "limit") else contextlib.nullcontext():
+            report: Report = module.run(arguments)
     except (BenchmarkError, ModuleNotFoundError) as error:
         print(f"benchmark {name}: error: {error}", file=sys.stderr)
         return 1

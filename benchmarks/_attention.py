@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks import _machine
+from benchmarks import _machine, _stop
 from benchmarks._report import BenchmarkError, Column, Report, Table
 from benchmarks._timing import Timing, back_to_back
 from jax_vattention import GPU_COMPILER_OPTIONS, KVCache, KVCacheManager, KVCacheSpec, RaggedBatch, attention
@@ -198,7 +198,9 @@ class Limit:
         self._seconds, self._start = seconds, perf_counter()
 
     def attempt(self, action: Callable[[], Outcome]) -> Outcome:
-        """As `attempt`; if the time is over, an outcome that says so."""
+        """As `attempt`; if the time is over, or this was told to stop, an outcome that says so."""
+        if _stop.told():
+            return Outcome(None, error="not run: told to stop")
         if self._seconds is not None and perf_counter() - self._start > self._seconds:
             return Outcome(None, error=f"not run: more than --limit {self._seconds:g} seconds had passed")
         return attempt(action)

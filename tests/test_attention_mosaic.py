@@ -146,6 +146,8 @@ def test_pages_that_hold_no_whole_number_of_boxes(end):
         {"head_dim": 64, "q_heads": 8},
         {"kv_heads": 1, "q_heads": 12, "num_layers": 2, "layers": (1,)},
         {"kv_heads": 32, "num_layers": 4, "layers": (1,)},
+        {"kv_heads": 1, "q_heads": 1, "num_layers": 2, "layers": (1,)},
+        {"kv_heads": 3, "q_heads": 9, "num_layers": 2, "layers": (1,)},
         {"head_dim": 96, "num_layers": 4, "layers": (1,)},
         {"head_dim": 192, "num_layers": 4, "layers": (3,)},
         {"head_dim": 256, "kv_heads": 4, "q_heads": 16, "num_layers": 4, "layers": (3,)},

@@ -7,7 +7,9 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import shlex
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -485,6 +487,22 @@ def test_tilings_that_are_shipped():
         found = tuned(default, row["kernel"], row["head_dim"], row["kv_dtype"])
         assert dataclasses.asdict(found) == dataclasses.asdict(default) | row["tiling"]
     assert tuned(decode_shape.Tiling(), "mosaic_decode", 72, jnp.bfloat16) == decode_shape.Tiling()
+
+
+def test_a_run_that_is_told_to_stop_reports_what_it_has(tmp_path, monkeypatch):
+    def say(work, name, outcome):
+        del work, name, outcome
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(_attention, "say", say)
+    path = tmp_path / "decode.json"
+    options = ["decode", "--shapes", "tiny", "--implementations", "reference", "--layouts", "token_major", "--quick"]
+    assert command.main([*options, "--against", "--json", str(path)]) == 0
+    rows = Report.read(path).tables[-1].rows
+    assert rows[0]["us"] > 0
+    assert {row["note"] for row in rows[1:]} == {"not run: told to stop"}
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_limit_leaves_rows_out_and_says_so(tmp_path):

@@ -353,7 +353,7 @@ def _load(ref, shape: Shape):
 def _store(result, row_smem, out_ref, tile: Tile, head, warpgroup, shape: Shape) -> None:
     """Writes the rows that belong to the request."""
     first = warpgroup * ROWS
-    low, high = jnp.maximum(tile.low - first, 0), jnp.minimum(tile.high - first, ROWS)
+    low, high = tile.own_rows(first, ROWS)
     if not shape.interpreted:
         _store_rows(plgpu.layout_cast(result, _WIDE), out_ref, tile.token + first, head, low, high)
         return

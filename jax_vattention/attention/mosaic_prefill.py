@@ -619,8 +619,7 @@ def multiply(
         sink = None if sinks is None else sinks[head]
         total = denominator(state.maximum, state.total.sum(axis=1), sink, shape)
         if hopeful:
-            low, high = (jnp.clip(row - warpgroup * ROWS, 0, ROWS) for row in (tile.low, tile.high))
-            report_overflow(total, acc, low, high, _LIMIT, failed, interpreted=interpreted)
+            report_overflow(total, acc, *tile.own_rows(warpgroup * ROWS, ROWS), _LIMIT, failed, interpreted=interpreted)
         acc = acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])
         buffer = out_smem.at[own_rows] if tiling.own_out else q
         _store(acc.astype(dtype), buffer, out_ref, tile, head, warpgroup, shape)
@@ -658,7 +657,7 @@ def multiply(
 def _store(result, buffer, out_ref, tile: Tile, head, warpgroup, shape: Shape) -> None:
     """Writes the rows that belong to the request: through shared memory if all of them do."""
     first = warpgroup * ROWS
-    low, high = jnp.maximum(tile.low - first, 0), jnp.minimum(tile.high - first, ROWS)
+    low, high = tile.own_rows(first, ROWS)
     whole = (low == 0) & (high == ROWS)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

@@ -60,6 +60,10 @@ class Tile(NamedTuple):
     """Of the request's token 0 in the view."""
     kv_len: Any
 
+    def own_rows(self, first, count: int) -> tuple[Any, Any]:
+        """`(low, high)`: of so many rows from `first` on, `low .. high - 1` belong to the request."""
+        return jnp.clip(self.low - first, 0, count), jnp.clip(self.high - first, 0, count)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
