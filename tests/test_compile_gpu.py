@@ -1,5 +1,6 @@
 """Programs compiled for GPUs on a machine that has none: the view is never copied and temporary memory is fixed."""
 
+import os
 import re
 import subprocess
 import sys
@@ -254,6 +255,16 @@ def test_a_layer_on_hopper_is_one_launch(max_q_len):
     layers = [rest for rest in launched if 'custom_call_target="mosaic_gpu' in rest]
     assert len(layers) == 2
     assert not any("attention_decode_combine" in rest for rest in launched)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
+def test_streams_count_in_no_table_of_kernels_that_may_run_at_the_same_time(monkeypatch):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
+    monkeypatch.setenv("XLA_FLAGS", flags)  # which XLA has read long ago
+    # Not a program of another test: its kernels would be taken from there.
+    each = compiled("h100", "straight", llama_spec(max_seq_len=4096), 1)
+    combines = [rest for *_, rest in instructions(each) if 'name = "attention_decode_combine"' in rest]
+    assert len(combines) == 2
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])

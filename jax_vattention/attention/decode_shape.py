@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -38,6 +39,11 @@ class Tiling:
     blocks: int = _BLOCKS
     together: int = 1
     """KV heads of a tile, 1 or 8: tokens are read with all of these heads at once, if there are as many."""
+
+
+def _kernels_overlap() -> bool:
+    """Whether `XLA_FLAGS` asks to run kernels of a program that do not depend on each other at the same time."""
+    return "command_buffer_scheduling_mode=CONCURRENT" in os.environ.get("XLA_FLAGS", "")
 
 
 def default_tiling(head_dim: int, kv_dtype: Any) -> Tiling:
@@ -227,9 +233,10 @@ class Shape:
     def joins(self) -> bool:
         """Whether the last stream of a pair joins what all found (see `mosaic_join`), not a kernel of its own.
 
-        A result that one stream had all keys of is final then. One stream must not have much to join.
+        A result that one stream had all keys of is final then. One stream must not have much to join, and no other
+        kernel with the same table may run at the same time.
         """
-        if self.interpreted or not self.direct or self.narrow or self.together > 1:
+        if self.interpreted or not self.direct or self.narrow or self.together > 1 or _kernels_overlap():
             return False
         segments = -(-self.streams // self.sets) + 1
         whole_threads = self.num_kv_heads * self.group * self.head_dim % 128 == 0

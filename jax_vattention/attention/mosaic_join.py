@@ -7,7 +7,7 @@ has to run at the same time. Where there is much to join, and in the interpreter
 
 They count in `Split.streams`, which XLA takes for a constant of all layers of a program: before a kernel and after it
 the counters are 0. Two kernels with one table must not run at the same time. XLA runs them one after the other, unless
-it is asked for more (`xla_gpu_command_buffer_scheduling_mode=CONCURRENT`).
+it is asked for more (`xla_gpu_command_buffer_scheduling_mode=CONCURRENT`; see `Shape.joins`).
 """
 
 from __future__ import annotations
