@@ -1,6 +1,7 @@
 """Decode attention through Pallas' Mosaic GPU backend: Hopper GPUs.
 
-Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023) with the keys split evenly over the GPU (see `decode_split`).
+Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023) with the keys split evenly over the GPU (see `decode_split`), and
+joined by the last of those who had keys of a pair, or by a kernel of its own (see `mosaic_join`).
 
 A block holds streams, each a pair of warpgroups: one that copies tiles of K and V into shared memory with the tensor
 memory accelerator, and one that multiplies them with the query heads that share the KV head, as rows of one `wgmma`.
