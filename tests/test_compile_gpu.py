@@ -20,6 +20,7 @@ from compile_helpers import (
 )
 
 from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch, attention
+from jax_vattention.attention import mosaic_prefill
 
 pytestmark = [
     pytest.mark.compile_gpu,
@@ -237,14 +238,22 @@ def quantized_and_read(x, weights, cache, batch):
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_one_prompt_on_hopper(dtype, head_dim):
+def test_one_prompt_on_hopper(dtype, head_dim, monkeypatch):
     """Whose blocks share their reads."""
+    tilings, tiling_of = [], mosaic_prefill.tiling_of
+
+    def seen(*args, **options):
+        tilings.append(tiling_of(*args, **options))
+        return tilings[-1]
+
+    monkeypatch.setattr(mosaic_prefill, "tiling_of", seen)
     spec, row = llama_spec(dtype=dtype, head_dim=head_dim), int32(1)
     batch = RaggedBatch(slots=row, q_starts=row, q_lens=row, kv_lens=row, max_q_len=1024)
     each = compile_for("h100", straight, abstract_q(spec, 1024), abstract_cache(spec), int32(), batch)
     assert_views_not_copied(each, spec)
     assert len(mosaic_kernels(each)) == 2
     assert all("attention_prefill" in rest for rest in mosaic_kernels(each))
+    assert {tiling.cluster for tiling in tilings} == {2}
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")

@@ -13,7 +13,7 @@ from jax import lax
 from jax_vattention.attention import float8_queries
 from jax_vattention.attention.decode_split import GRAIN
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_view import BOX, ROWS, Columns
+from jax_vattention.attention.mosaic_view import BOX, ROWS, CommonShape
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
@@ -55,18 +55,13 @@ def default_tiling(head_dim: int, kv_dtype: Any) -> Tiling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(CommonShape):
     """Static sizes of a kernel."""
 
     num_kv_heads: int
-    group: int
-    head_dim: int
     queries: int
     """Most of a request."""
     tiling: Tiling
-    scale: float
-    soft_cap: float | None
-    window: int | None
     prefixes: bool
     quantized: bool
     """K and V are float8. V is multiplied as float16, which holds all of its values, and K if it is not `narrow`."""
@@ -76,10 +71,6 @@ class Shape:
     """See `mosaic_decode.run`."""
     direct: bool
     """Results of a pair that one stream reads all of are final; others, and all with sinks, are to be joined."""
-    interpreted: bool
-    layer_stride: int
-    """See `Columns`, as for `v_column`."""
-    v_column: int
 
     @classmethod
     def of(
@@ -96,24 +87,16 @@ class Shape:
         interpret: Any = False,
     ) -> Shape:
         """Those of a kernel for these arguments."""
-        columns = Columns.of(view)
         return cls(
+            **cls.common(q, view, features, scale=scale, interpret=interpret),
             num_kv_heads=view.num_kv_heads,
-            group=q.shape[1] // view.num_kv_heads,
-            head_dim=q.shape[2],
             queries=batch.max_q_len,
             tiling=tiling,
-            scale=scale,
-            soft_cap=features.soft_cap,
-            window=view.window,
             prefixes=features.prefix_lens is not None,
             quantized=view.scale_table is not None,
             narrow_products=narrow_products,
             paged=paged,
             direct=features.sinks is None,
-            interpreted=bool(interpret),
-            layer_stride=columns.layer_stride,
-            v_column=columns.v_column,
         )
 
     def parts(self, batch: RaggedBatch) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

@@ -280,12 +280,16 @@ class Work:
         """That of the first pair."""
         return Request.read(self.streams, self.stream, FIRST_REQUEST)
 
+    def set_and_request(self, pair) -> tuple[jax.Array, jax.Array]:
+        """Numbers of the set of KV heads and of the request that a pair is of."""
+        count = self.requests.shape[0]
+        return lax.div(pair, count), lax.rem(pair, count)
+
     @property
     def first_queries(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Request, first query token and first KV head of the first pair."""
-        count = self.requests.shape[0]
-        head = lax.div(self.first_pair, count) * self.together
-        return lax.rem(self.first_pair, count), self.first_request.token, head
+        number, request = self.set_and_request(self.first_pair)
+        return request, self.first_request.token, number * self.together
 
     def queries_after(self, piece: Piece) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The same of the pair after this piece."""
@@ -305,7 +309,7 @@ class Work:
         """`carry = body(piece, carry)` for every piece."""
         count = self.requests.shape[0]
         first_key, units = (self.streams[self.stream, column] for column in (FIRST_KEY, NUM_UNITS))
-        number, request = lax.div(self.first_pair, count), lax.rem(self.first_pair, count)
+        number, request = self.set_and_request(self.first_pair)
 
         def step(i, state):
             left, number, request, of, carry = state
@@ -321,6 +325,11 @@ class Work:
 
         state = (units, number, request, self.first_request, carry)
         return lax.fori_loop(0, self.num_pairs, step, state)[-1]
+
+
+def out_row(requests, request, query, token):
+    """Where the result of a token goes that is this query of a request; its own row if no request has it (-1)."""
+    return jnp.where(request < 0, token, requests[jnp.maximum(request, 0), OUT] + query)
 
 
 def join(
@@ -404,7 +413,7 @@ def _join_kernel(
 
     @pl.when(to_do)
     def _():
-        row = jnp.where(request < 0, token, requests[jnp.maximum(request, 0), OUT] + query)
+        row = out_row(requests, request, query, token)
         low = first_row(head, query)
         _join_pair(head, row, first, end, low, product_row, dim, parts, lse, sinks, out_ref, heads, segments)
 

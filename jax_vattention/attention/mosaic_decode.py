@@ -549,9 +549,9 @@ class _Computing:
                 pl.when(is_last != 0)(functools.partial(self._join_pair, pair))
 
     def _join_pair(self, pair: SharedPair) -> None:
-        requests, refs, group = self.work.requests, self.refs, self.shape.group
-        number = requests.shape[0]
-        of, head = Request.read(requests, lax.rem(pair.pair, number)), lax.div(pair.pair, number)
+        refs, group = self.refs, self.shape.group
+        head, request = self.work.set_and_request(pair.pair)  # a set is one head
+        of = Request.read(self.work.requests, request)
         mosaic_join.join(
             refs.parts, refs.lse, refs.out, segment=pair.pair + pair.first, count=pair.streams,
             low=self.shape.first_row(head, 0), rows=of.queries * group, token=of.out, head=head * group, group=group,

@@ -25,9 +25,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention.decode_split import ARRIVED, OUT, OWNED_UNITS, OWNER, QUERY, SharedPair
+from jax_vattention.attention.decode_split import ARRIVED, OWNED_UNITS, OWNER, QUERY, SharedPair, out_row
+from jax_vattention.attention.mosaic_products import issue
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
+_FENCE = "fence.acq_rel.gpu;"
 _THREADS = 128
 """Of a warpgroup."""
 _WIDTH = 4
@@ -58,9 +60,9 @@ def arrive(streams, flags, pairs: tuple[SharedPair, ...]) -> tuple[jax.Array, ..
         counters = [mgpu.memref_slice(streams, (row, ARRIVED)) for row in rows]
         mgpu.warpgroup_barrier()  # behind what all threads have written
         with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
-            _fence()
+            issue(_FENCE)
             numbers = [_count(*each) for each in zip(counters, counts, strict=True)]
-            _fence()
+            issue(_FENCE)
             for at, (counter, size, number) in enumerate(zip(counters, counts, numbers, strict=True)):
                 last = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(number, mgpu.c(1, i32)), size)
                 memref.store(arith.extui(i32, last), flags, [mgpu.c(at, index)])
@@ -71,10 +73,6 @@ def arrive(streams, flags, pairs: tuple[SharedPair, ...]) -> tuple[jax.Array, ..
         return tuple(mgpu.FragmentedArray.splat(each, (), is_signed=True) for each in lasts)
 
     return count(streams, flags, *arguments)
-
-
-def _fence() -> None:
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "fence.acq_rel.gpu;", "", has_side_effects=True)
 
 
 def _count(counter, of: ir.Value) -> Any:
@@ -180,7 +178,7 @@ def fill(owners, requests, out, block, blocks: int, *, unowned: bool) -> None:
     def token(i, nothing):
         number = block + i * blocks
         request, query, units = (owners[number, column] for column in (OWNER, QUERY, OWNED_UNITS))
-        row = jnp.where(request < 0, number, requests[jnp.maximum(request, 0), OUT] + query)
+        row = out_row(requests, request, query, number)
 
         @pl.when((units == 0) & (request >= (-1 if unowned else 0)))
         def _():

@@ -47,12 +47,12 @@ def begin_scores(q, k, acc, weights, *, interpreted: bool):
     )
     def begin(_, q, k, acc, weights):
         acc, weights = fragments.optimization_barrier(acc, weights)
-        _issue("wgmma.fence.sync.aligned;")
+        issue("wgmma.fence.sync.aligned;")
         zero = mgpu.FragmentedArray.splat(mgpu.c(0.0, ir.F32Type.get()), shape, fragments.WGMMA_LAYOUT)
         zeros = mgpu.WGMMAAccumulator.from_registers(zero, sync=False)
         scores = mgpu.wgmma(zeros, q, mgpu.memref_transpose(k, (1, 0, 3, 2)), swizzle=_SWIZZLE)
         _replace(zeros)
-        _issue("wgmma.commit_group.sync.aligned;")
+        issue("wgmma.commit_group.sync.aligned;")
         return scores.value, acc, weights
 
     return begin(q, k, acc, weights)
@@ -80,7 +80,7 @@ def begin_sum(acc, weights, v, *, interpreted: bool):
     def begin(_, acc, weights, v):
         sums = mgpu.WGMMAAccumulator.from_registers(acc, sync=False)
         sums = mgpu.wgmma(sums, weights, v, swizzle=_SWIZZLE)
-        _issue("wgmma.commit_group.sync.aligned;")
+        issue("wgmma.commit_group.sync.aligned;")
         return sums.value
 
     return begin(acc, weights, v)
@@ -94,7 +94,8 @@ def _product(left, right, shape):
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
-def _issue(instruction: str, *operands: ir.Value, constraint: str = "r") -> None:
+def issue(instruction: str, *operands: ir.Value, constraint: str = "r") -> None:
+    """An instruction that gives nothing back, in its place among others."""
     constraints = ",".join(constraint for _ in operands)
     llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, instruction, constraints, has_side_effects=True)
 
@@ -108,7 +109,7 @@ def settle(in_flight: int, *arrays, interpreted: bool) -> tuple:
         arg_types=tuple(_WGMMA for _ in arrays), return_type=tuple(_array(each.shape, each.dtype) for each in arrays)
     )
     def wait(_, *arrays):
-        _issue(f"wgmma.wait_group.sync.aligned {in_flight};")
+        issue(f"wgmma.wait_group.sync.aligned {in_flight};")
         return (
             (fragments.optimization_barrier(*arrays),) if len(arrays) == 1 else fragments.optimization_barrier(*arrays)
         )
@@ -129,7 +130,7 @@ def pin(sums, *, interpreted: bool) -> None:
     def store(_, sums):
         every = functools.reduce(arith.addf, _scalars(sums))
         test = ".reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.eq.f32 p, $0, 0fBF800000;"
-        _issue(f"{{ {test} @p st.volatile.shared.f32 [a], $0; }}", every, constraint="f")
+        issue(f"{{ {test} @p st.volatile.shared.f32 [a], $0; }}", every, constraint="f")
 
     store(sums)
 
@@ -164,7 +165,7 @@ def _turn(warpgroup, what: str) -> None:
         i32 = ir.IntegerType.get_signless(32)
         number = arith.addi(warpgroup.registers.item(), mgpu.c(_TURN, i32))
         # It orders products only: what they read and write has barriers of its own.
-        _issue(f"bar.{what} $0, 256;", number)
+        issue(f"bar.{what} $0, 256;", number)
 
     turn(warpgroup)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_vattention.attention.features import Features
 from jax_vattention.cache import LayerView
 from jax_vattention.spec import KV_TAIL_TOKENS
 
@@ -44,6 +46,37 @@ class Columns(NamedTuple):
         k, v = (each.reshape(slots * slot_tokens, -1, view.head_dim) for each in view.views)
         heads = view.num_kv_heads if view.v is None else 0
         return cls(k, v, 2 * heads, heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class CommonShape:
+    """Static sizes that the kernels for decode and for prefill have in common."""
+
+    group: int
+    """Query heads of a KV head."""
+    head_dim: int
+    scale: float
+    soft_cap: float | None
+    window: int | None
+    interpreted: bool
+    layer_stride: int
+    """See `Columns`, as for `v_column`."""
+    v_column: int
+
+    @staticmethod
+    def common(q: jax.Array, view: LayerView, features: Features, *, scale: float, interpret: Any) -> dict[str, Any]:
+        """These, for a kernel with these arguments."""
+        columns = Columns.of(view)
+        return {
+            "group": q.shape[1] // view.num_kv_heads,
+            "head_dim": q.shape[2],
+            "scale": scale,
+            "soft_cap": features.soft_cap,
+            "window": view.window,
+            "interpreted": bool(interpret),
+            "layer_stride": columns.layer_stride,
+            "v_column": columns.v_column,
+        }
 
 
 def swizzled(sizes: tuple[int, ...], dtype: Any, together: int | None = None, *, rank: int = 2) -> Any:

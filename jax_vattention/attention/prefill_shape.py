@@ -10,7 +10,7 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_view import BLOCKS, BOX, Columns
+from jax_vattention.attention.mosaic_view import BLOCKS, BOX, CommonShape
 from jax_vattention.attention.prefill_split import Sizes
 from jax_vattention.cache import LayerView
 
@@ -44,24 +44,15 @@ class Tiles:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(CommonShape):
     """Static sizes of a kernel."""
 
     num_q_heads: int
-    group: int
-    head_dim: int
     tokens: int
     """Of the query array, padded."""
     block_q: int
     """Queries of a tile."""
     tiling: Tiles
-    scale: float
-    soft_cap: float | None
-    window: int | None
-    interpreted: bool
-    layer_stride: int
-    """See `Columns`, as for `v_column`."""
-    v_column: int
 
     @classmethod
     def of(
@@ -76,22 +67,13 @@ class Shape:
         interpret: Any,
     ) -> Shape:
         """Those of a kernel for these arguments."""
-        tokens, num_q_heads, head_dim = q.shape
-        columns = Columns.of(view)
         return cls(
-            num_q_heads=num_q_heads,
-            group=num_q_heads // view.num_kv_heads,
-            head_dim=head_dim,
+            **cls.common(q, view, features, scale=scale, interpret=interpret),
+            num_q_heads=q.shape[1],
             # Every tile of queries lies within the array.
-            tokens=max(-(-tokens // BOX) * BOX, block_q),
+            tokens=max(-(-q.shape[0] // BOX) * BOX, block_q),
             block_q=block_q,
             tiling=tiling,
-            scale=scale,
-            soft_cap=features.soft_cap,
-            window=view.window,
-            interpreted=bool(interpret),
-            layer_stride=columns.layer_stride,
-            v_column=columns.v_column,
         )
 
     def split_sizes(self, tokens: int) -> Sizes:
