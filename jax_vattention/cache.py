@@ -29,8 +29,8 @@ _QUANTIZED_FROM = ("float32", "float16", "bfloat16", "float8_e4m3fn")
 class LayerView:
     """K and V of one layer, as kernels take them: in place, whichever the layout.
 
-    In `token_major` both are in `k`, `[num_slots, slot_tokens, layers, 2, num_kv_heads, head_dim]`, and `v` is None.
-    In `layer_major` each is `[num_slots, slot_tokens, num_kv_heads, head_dim]`.
+    In `token_major` both are in `k`, `[num_slots, slot_tokens / 8, layers, 2, 8, num_kv_heads, head_dim]`, and `v` is
+    None. In `layer_major` each is `[num_slots, slot_tokens, num_kv_heads, head_dim]`.
     """
 
     k: jax.Array
@@ -55,6 +55,11 @@ class LayerView:
     def views(self) -> tuple[jax.Array, jax.Array]:
         """Where K is and where V is; the same array in `token_major`."""
         return self.k, self.k if self.v is None else self.v
+
+    @property
+    def slot_tokens(self) -> int:
+        """Tokens that there is room for in a slot."""
+        return self.k.shape[1] * (self.k.shape[4] if self.v is None else 1)
 
     @property
     def num_kv_heads(self) -> int:

@@ -16,7 +16,7 @@ KV_TAIL_TOKENS = 8
 sliding window it may read from the window's first token rounded down to this many.
 
 8 is the shortest piece that a GPU copies into the shared memory layout of its tensor cores. A page of 2 MiB mostly
-holds a multiple of 8 tokens, and then this maps nothing more.
+holds a multiple of 8 tokens, and then this maps nothing more. In `token_major` so many tokens of a layer lie together.
 """
 
 DEFAULT_PAGE_BYTES = 2 * 1024 * 1024
@@ -54,9 +54,10 @@ class LayerGroup:
 class KVGroup:
     """The memory of one group of layers: one or more planes, arrays in which a slot has a row.
 
-    In `token_major` there is one plane, `[num_slots, slot_tokens, layers, 2, num_kv_heads, head_dim]`: the K and V of
-    all layers of one token are neighbours, and index 0 of the fourth axis is K. In `layer_major` each layer has two,
-    K and then V, `[num_slots, slot_tokens, num_kv_heads, head_dim]`.
+    In `token_major` there is one plane, `[num_slots, slot_tokens / 8, layers, 2, 8, num_kv_heads, head_dim]`: all
+    layers of eight tokens (`KV_TAIL_TOKENS`) are neighbours. Of each layer there is the K of the eight, then their V:
+    in pieces as long as that, memory is read at its full speed, and token by token it is not. In `layer_major` each
+    layer has two planes, K and then V, `[num_slots, slot_tokens, num_kv_heads, head_dim]`.
 
     A slot grows in all planes alike, so pages are counted in one plane; `planes` times as many are mapped.
     """
@@ -84,11 +85,11 @@ class KVGroup:
 
     @cached_property
     def slot_tokens(self) -> int:
-        """Rows that a plane has for a slot: `max_seq_len` rounded up until a slot is a whole number of pages.
+        """Tokens that a plane has room for in a slot: `max_seq_len` rounded up to whole pages and eights.
 
         Planes of 1-byte elements of 2 to 4 GiB get more rows, until they are larger than that.
         """
-        multiple = self.page_bytes // math.gcd(self.page_bytes, self.token_bytes)
+        multiple = math.lcm(self.page_bytes // math.gcd(self.page_bytes, self.token_bytes), KV_TAIL_TOKENS)
         tokens = self.max_seq_len
         row_bytes = self.num_slots * self.token_bytes
         if self.dtype.itemsize == 1 and 2**31 < -(-tokens // multiple) * multiple * row_bytes <= 2**32:
@@ -109,10 +110,10 @@ class KVGroup:
     @cached_property
     def plane_shape(self) -> tuple[int, ...]:
         """Shape of each plane."""
-        rows = (self.num_slots, self.slot_tokens)
         if self.layout == "token_major":
-            return (*rows, len(self.layers), 2, self.num_kv_heads, self.head_dim)
-        return (*rows, self.num_kv_heads, self.head_dim)
+            eights = (self.slot_tokens // KV_TAIL_TOKENS, len(self.layers), 2, KV_TAIL_TOKENS)
+            return (self.num_slots, *eights, self.num_kv_heads, self.head_dim)
+        return (self.num_slots, self.slot_tokens, self.num_kv_heads, self.head_dim)
 
     @cached_property
     def view_bytes(self) -> int:
@@ -121,23 +122,24 @@ class KVGroup:
 
     def pages_for(self, tokens: int) -> int:
         """Pages of a plane that a slot of `tokens` tokens reaches, counted from its start."""
-        reach = min(-(-tokens // KV_TAIL_TOKENS) * KV_TAIL_TOKENS, self.slot_tokens)
-        return -(-reach * self.token_bytes // self.page_bytes)
+        eights = -(-min(tokens, self.slot_tokens) // KV_TAIL_TOKENS)
+        return -(-eights * self._eight_bytes // self.page_bytes)
 
     def tokens_in(self, pages: int) -> int:
-        """Whole tokens in the first `pages` pages of a slot; at most `max_seq_len`."""
-        tokens = pages * self.page_bytes // self.token_bytes
-        if pages < self.slot_pages:
-            tokens = tokens // KV_TAIL_TOKENS * KV_TAIL_TOKENS
-        return min(tokens, self.max_seq_len)
+        """Tokens in the whole eights of the first `pages` pages of a slot; at most `max_seq_len`."""
+        return min(pages * self.page_bytes // self._eight_bytes * KV_TAIL_TOKENS, self.max_seq_len)
 
     def pages_before(self, token: int) -> int:
         """Pages of a slot that hold nothing of what a kernel reads for `token` and what follows it: whole eights."""
-        return token // KV_TAIL_TOKENS * KV_TAIL_TOKENS * self.token_bytes // self.page_bytes
+        return token // KV_TAIL_TOKENS * self._eight_bytes // self.page_bytes
 
     def first_token_in(self, page: int) -> int:
-        """The first token that lies wholly at or behind the start of a page."""
-        return -(-page * self.page_bytes // self.token_bytes)
+        """The first token of the first eight that lies wholly at or behind the start of a page."""
+        return -(-page * self.page_bytes // self._eight_bytes) * KV_TAIL_TOKENS
+
+    @property
+    def _eight_bytes(self) -> int:
+        return KV_TAIL_TOKENS * self.token_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +158,8 @@ class KVCacheSpec:
         (CUDA: 2 MiB; host: 4 KiB).
       large_page_bytes: sizes of larger pages, ascending, each a multiple of the one before it; the first of
         `page_bytes`. Mapping costs per page and not per byte, so long requests are mapped faster with them.
-      layout: `token_major`, one array in which all layers of a token are neighbours; or `layer_major`, two arrays for
-        each layer, for kernels that cannot step over other layers.
+      layout: `token_major`, one array in which all layers of eight tokens are neighbours; or `layer_major`, two arrays
+        for each layer, for kernels that cannot step over other layers.
       groups: layers that differ in shape or lifetime. Empty: all layers are one group. Otherwise each layer is in one.
 
     Raises:

@@ -63,22 +63,31 @@ def plain_cache(spec, contents, seen=None, kv_scales=None):
             bounds[0, slot] = first
             for index, layer in enumerate(group.layers):
                 for part in range(2):
-                    plane_token = plane_at(spec, planes, index, part)
-                    plane_token[slot, first : len(kv)] = kv[first:, layer, part] / scales[layer, part][:, None]
+                    plane = plane_at(spec, planes, index, part)
+                    tokens = np.arange(first, len(kv))
+                    plane[_places(spec, slot, tokens)] = kv[first:, layer, part] / scales[layer, part][:, None]
         views.append(tuple(jnp.asarray(plane).astype(spec.dtype) for plane in planes))
         mapped.append(jnp.asarray(bounds))
     return KVCache(tuple(views), tuple(mapped), jnp.zeros(4, jnp.int32), spec, cache_scales(spec, kv_scales))
 
 
 def plane_at(spec, planes, index, part):
-    """K (`part` 0) or V (1) of a group's layer number `index`: `[slots, tokens, heads, dim]`."""
+    """K (`part` 0) or V (1) of a group's layer number `index`: `[slots, tokens, heads, dim]`, or with eights."""
     return planes[0][:, :, index, part] if spec.layout == "token_major" else planes[2 * index + part]
+
+
+def _places(spec, slot, tokens):
+    """Where tokens of a slot are in what `plane_at` returns."""
+    return (slot, tokens // 8, tokens % 8) if spec.layout == "token_major" else (slot, tokens)
 
 
 @jax.jit
 def _rows(plane, slot, position):
-    start = (slot, position, *[0] * (plane.ndim - 2))
-    return jax.lax.dynamic_slice(plane, start, (1, 1, *plane.shape[2:]))[0, 0]
+    """`[heads, dim]`, or in `token_major` `[layers, 2, heads, dim]`."""
+    if plane.ndim == 4:
+        return jax.lax.dynamic_slice(plane, (slot, position, 0, 0), (1, 1, *plane.shape[2:]))[0, 0]
+    start = (slot, position // 8, 0, 0, position % 8, 0, 0)
+    return jax.lax.dynamic_slice(plane, start, (1, 1, *plane.shape[2:4], 1, *plane.shape[5:]))[0, 0, :, :, 0]
 
 
 def read_token(cache, slot, position):

@@ -133,7 +133,7 @@ def test_a_slot_that_comes_back_holds_zeros(device, page_bytes, strict):
         ones = jnp.ones((4, HEADS, DIM))
         slots, positions = jnp.zeros(4, jnp.int32), jnp.arange(4, dtype=jnp.int32)
         append = jax.jit(lambda cache: cache.append(ones, ones, layer=0, slots=slots, positions=positions))
-        total = jax.jit(lambda cache: jax.lax.dynamic_slice(cache.view, [0] * 6, (1, 4, 1, 2, HEADS, DIM)).sum())
+        total = jax.jit(lambda cache: jax.lax.dynamic_slice(cache.view, [0] * 7, (1, 1, 1, 2, 4, HEADS, DIM)).sum())
         slot = manager.allocate()
         cache = manager.step({slot: 4})
         manager.finish(append(cache))
@@ -294,7 +294,7 @@ def test_a_cache_outlives_a_manager_that_was_dropped(device, page_bytes, strict)
     cache = manager.step({manager.allocate(): 3})
     del manager
     gc.collect()
-    first = jax.jit(lambda cache: jax.lax.dynamic_slice(cache.view, [0] * 6, (1, 1, 1, 2, HEADS, DIM)).sum())
+    first = jax.jit(lambda cache: jax.lax.dynamic_slice(cache.view, [0] * 7, (1, 1, 1, 2, 1, HEADS, DIM)).sum())
     assert float(first(cache)) == 0
 
 

@@ -17,7 +17,8 @@ struct AppendArgs {
   int* order;
   int64_t tokens;
   int64_t num_slots;
-  int64_t slot_tokens;
+  int64_t slot_pieces;
+  int64_t piece_tokens;
   int64_t num_layers;
   int64_t part_bytes;
   int64_t layer_bytes;
@@ -50,7 +51,10 @@ __device__ void Append(const AppendArgs& args) {
     }
     return;
   }
-  const int64_t offset = ((slot * args.slot_tokens + position) * args.num_layers + layer) * args.layer_bytes;
+  const int piece_tokens = static_cast<int>(args.piece_tokens);
+  const int64_t piece = slot * args.slot_pieces + static_cast<int>(position) / piece_tokens;
+  const int64_t offset = (piece * args.num_layers + layer) * args.layer_bytes +
+                         static_cast<int>(position) % piece_tokens * args.part_bytes;
   Copy<Word>(args.k_view + offset, args.k + token * args.source_stride, args.part_bytes);
   Copy<Word>(args.v_view + offset, args.v + token * args.source_stride, args.part_bytes);
 }

@@ -21,7 +21,8 @@ namespace {
 // A view as the custom calls see it, in bytes.
 struct ViewLayout {
   int64_t num_slots;
-  int64_t slot_tokens;
+  int64_t slot_pieces;
+  int64_t piece_tokens;  // that lie together in one layer
   int64_t num_layers;
   int64_t heads;
   int64_t head_dim;
@@ -29,11 +30,14 @@ struct ViewLayout {
   int64_t layer_bytes;   // from one layer to the next
   int64_t v_offset;      // from K to V, where both are in one view
 
-  // From the start of the view to a token of a layer.
-  int64_t Offset(int64_t slot, int64_t position, int64_t layer) const {
-    return ((slot * slot_tokens + position) * num_layers + layer) * layer_bytes;
-  }
 };
+
+// From the start of a view to a token of a layer.
+template <typename Layout>
+int64_t Offset(const Layout& layout, int64_t slot, int64_t position, int64_t layer) {
+  const int64_t piece = slot * layout.slot_pieces + position / layout.piece_tokens;
+  return (piece * layout.num_layers + layer) * layout.layer_bytes + position % layout.piece_tokens * layout.part_bytes;
+}
 
 // Reads the layout off two views of one shape. Returns false where they have none.
 bool DecodeViews(ffi::AnyBuffer k_view, ffi::AnyBuffer v_view, ViewLayout* layout) {
@@ -41,22 +45,24 @@ bool DecodeViews(ffi::AnyBuffer k_view, ffi::AnyBuffer v_view, ViewLayout* layou
   const auto other = v_view.dimensions();
   if (!std::equal(shape.begin(), shape.end(), other.begin(), other.end())) return false;
   if (k_view.element_type() != v_view.element_type()) return false;
-  const bool token_major = shape.size() == 6 && shape[3] == 2;
+  const bool token_major = shape.size() == 7 && shape[3] == 2;
   if (!token_major && shape.size() != 4) return false;
   const size_t heads = shape.size() - 2;
   layout->num_slots = shape[0];
-  layout->slot_tokens = shape[1];
+  layout->slot_pieces = shape[1];
+  layout->piece_tokens = token_major ? shape[4] : 1;
   layout->num_layers = token_major ? shape[2] : 1;
   layout->heads = shape[heads];
   layout->head_dim = shape[heads + 1];
   layout->part_bytes = shape[heads] * shape[heads + 1] * static_cast<int64_t>(ffi::ByteWidth(k_view.element_type()));
-  layout->layer_bytes = token_major ? 2 * layout->part_bytes : layout->part_bytes;
-  layout->v_offset = token_major ? layout->part_bytes : 0;
+  const int64_t piece_bytes = layout->piece_tokens * layout->part_bytes;
+  layout->layer_bytes = token_major ? 2 * piece_bytes : piece_bytes;
+  layout->v_offset = token_major ? piece_bytes : 0;
   return true;
 }
 
 constexpr const char* kViews =
-    "the views must be one operand twice, [slots, tokens, layers, 2, heads, head_dim], or two of one dtype, "
+    "the views must be one operand twice, [slots, pieces, layers, 2, tokens, heads, head_dim], or two of one dtype, "
     "[slots, tokens, heads, head_dim]";
 
 }  // namespace
@@ -103,7 +109,8 @@ ffi::ErrorOr<AppendArgs> DecodeAppend(ffi::AnyBuffer k_view, ffi::AnyBuffer v_vi
   args.order = order_out->typed_data();
   args.tokens = tokens;
   args.num_slots = layout.num_slots;
-  args.slot_tokens = layout.slot_tokens;
+  args.slot_pieces = layout.slot_pieces;
+  args.piece_tokens = layout.piece_tokens;
   args.num_layers = layout.num_layers;
   args.part_bytes = layout.part_bytes;
   args.layer_bytes = layout.layer_bytes;
@@ -120,7 +127,7 @@ int64_t Destination(const AppendArgs& args, int64_t token) {
   const int64_t layer = *args.layer;
   if (layer < 0 || layer >= args.num_layers || slot < 0 || slot >= args.num_slots) return -1;
   if (position < args.mapped[slot] || position >= args.mapped[args.num_slots + slot]) return -1;
-  return ((slot * args.slot_tokens + position) * args.num_layers + layer) * args.layer_bytes;
+  return Offset(args, slot, position, layer);
 }
 
 // Writes tokens [first, last), leaving out those that must be dropped.
@@ -223,19 +230,19 @@ ffi::Error ReadTileCpu(ffi::AnyBuffer k_view, ffi::AnyBuffer v_view, ffi::Buffer
   // Tokens [skipped, end) of the tile are read.
   const int64_t tokens = size[1];
   const int64_t readable_from = std::max<int64_t>(*first.typed_data(), 0);
-  const int64_t readable_to = exists ? std::min<int64_t>(*last.typed_data(), layout.slot_tokens) : 0;
+  const int64_t slot_tokens = layout.slot_pieces * layout.piece_tokens;
+  const int64_t readable_to = exists ? std::min<int64_t>(*last.typed_data(), slot_tokens) : 0;
   const int64_t skipped = std::clamp<int64_t>(readable_from - begin, 0, tokens);
   const int64_t end = std::clamp<int64_t>(readable_to - begin, skipped, tokens);
-  const int64_t token_bytes = layout.num_layers * layout.layer_bytes;
   for (int64_t part = 0; part < 2; ++part) {
     const char* view = static_cast<const char*>(part == 0 ? k_view.untyped_data() : v_view.untyped_data());
     char* destination = static_cast<char*>(tile->untyped_data()) + part * tokens * layout.part_bytes;
     std::memset(destination, 0, skipped * layout.part_bytes);
-    if (end > skipped) {
-      const char* source = view + part * layout.v_offset + layout.Offset(at_slot, begin + skipped, at_layer);
-      for (int64_t i = skipped; i < end; ++i, source += token_bytes) {
-        std::memcpy(destination + i * layout.part_bytes, source, layout.part_bytes);
-      }
+    for (int64_t i = skipped, together = 0; i < end; i += together) {
+      const int64_t token = begin + i;
+      together = std::min(end - i, layout.piece_tokens - token % layout.piece_tokens);
+      const char* source = view + part * layout.v_offset + Offset(layout, at_slot, token, at_layer);
+      std::memcpy(destination + i * layout.part_bytes, source, together * layout.part_bytes);
     }
     std::memset(destination + end * layout.part_bytes, 0, (tokens - end) * layout.part_bytes);
   }

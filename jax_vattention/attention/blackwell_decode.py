@@ -84,12 +84,12 @@ class Tcgen05(mosaic_decode.Products):
         width = Tcgen05.width(head_dim)
         of_scores, of_sums = math.gcd(block_k // 2, head_dim), math.gcd(width // 2, block_k)
         k, v = ("k_wide", "v_wide") if shape.quantized else ("k_smem", "v_smem")
-        tile = (block_k, head_dim) if shape.quantized else (shape.tiling.stages, block_k, head_dim)
+        stages, tile = ((), (block_k, head_dim)) if shape.quantized else ((shape.tiling.stages,), shape.tile)
         return {
             "q_smem": swizzled((streams, 2, ROWS, head_dim), dtype, of_scores),
-            k: swizzled((streams, *tile), dtype, of_scores),
+            k: swizzled((streams, *stages, *tile), dtype, of_scores, rank=len(tile)),
             "weights_smem": swizzled((streams, ROWS, block_k), dtype, of_sums),
-            v: swizzled((streams, *tile), dtype, of_sums),
+            v: swizzled((streams, *stages, *tile), dtype, of_sums, rank=len(tile)),
             "scores_tmem": plgpu.TMEM((streams, ROWS, block_k), jnp.float32),
             "sums_tmem": plgpu.TMEM((streams, head_dim // width, ROWS, width), jnp.float32),
             "multiplied": plgpu.Barrier(num_barriers=streams, orders_tensor_core=True),

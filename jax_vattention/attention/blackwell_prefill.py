@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_vattention.attention import mosaic_prefill, mosaic_softmax
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_prefill import Work
-from jax_vattention.attention.mosaic_view import pass_on
+from jax_vattention.attention.mosaic_view import as_rows, pass_on
 from jax_vattention.attention.prefill_shape import Shape, Tiles
 from jax_vattention.attention.prefill_split import Tile
 from jax_vattention.batch import RaggedBatch
@@ -177,7 +177,7 @@ def _multiply(
         def score(t, index):
             """Begins the scores of tile of keys `t`."""
             q = q_smem.at[q_stage, pl.ds(index * ROWS, ROWS)]
-            k = k_smem.at[stage_of(t)].transpose((1, 0))
+            k = as_rows(k_smem.at[stage_of(t)]).transpose((1, 0))
             plgpu.tcgen05_mma(columns[index][0], q, k, scores_ready.at[index], accumulate=False)
 
         def added(index):
@@ -192,7 +192,8 @@ def _multiply(
             """Begins to add the product of the weights of tile `t` with V."""
             _, weights, acc = columns[index]
             plgpu.barrier_wait(weights_ready.at[index])
-            plgpu.tcgen05_mma(acc, weights, v_smem.at[stage_of(t)], acc_ready.at[index], accumulate=t > 0)
+            v = as_rows(v_smem.at[stage_of(t)])
+            plgpu.tcgen05_mma(acc, weights, v, acc_ready.at[index], accumulate=t > 0)
 
         def where_used(index, do, *args):
             pl.when(_used(tile, index))(functools.partial(do, *args, index))

@@ -13,7 +13,7 @@ from jax import lax
 from jax_vattention.attention import float8_queries
 from jax_vattention.attention.decode_split import GRAIN
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_view import BOX, ROWS, CommonShape
+from jax_vattention.attention.mosaic_view import BOX, ROWS, CommonShape, tile_sizes
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
@@ -151,9 +151,10 @@ class Shape(CommonShape):
     @property
     def tile(self) -> tuple[int, ...]:
         """Sizes of a tile of K or V in shared memory; the same memory as `[block_k, head_dim]`."""
-        if self.together == 1 or self.interpreted:  # to the interpreter it is another shape
+        if self.interpreted:  # which has no two shapes for one thing
             return self.tiling.block_k, self.head_dim
-        return self.tile_tokens, self.together, self.head_dim
+        heads = (self.together,) if self.together > 1 else ()
+        return tile_sizes(self.tile_tokens, *heads, self.head_dim, interpreted=False)
 
     @property
     def sharing(self) -> int:

@@ -96,7 +96,7 @@ def split(
       query_rows, out_rows: int32 `[requests]`: where the queries and the result of each request begin, if that is not
         its `q_starts`.
     """
-    slot_tokens = view.k.shape[1]
+    slot_tokens = view.slot_tokens
     chunk = max(1, _SEARCHED_ELEMENTS // pl.next_power_of_2(batch.num_requests))
     requests, table, owners = pl.pallas_call(
         functools.partial(_schedule_kernel, chunk=chunk, sets=sets, slot_tokens=slot_tokens, window=view.window),

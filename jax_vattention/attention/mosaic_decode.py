@@ -34,11 +34,14 @@ from jax_vattention.attention.mosaic_view import (
     ROWS,
     Columns,
     add_eights,
+    as_rows,
+    part_of,
     pass_on,
     repeat_eights,
     second_eights_of,
     store_rows,
     swizzled,
+    tokens_of,
     zero_second_eights,
 )
 from jax_vattention.attention.tilings import tuned
@@ -122,7 +125,7 @@ def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Feature
     """What it does not serve of what `mosaic_view.refusal` lets pass; None if it serves these arguments."""
     del features  # all of them
     group, head_dim = q.shape[1] // view.num_kv_heads, q.shape[2]
-    slots, slot_tokens = view.k.shape[:2]
+    slots, slot_tokens = view.k.shape[0], view.slot_tokens
     for refused, what in (
         (view.k.dtype not in (q.dtype, jnp.float8_e4m3fn), f"{q.dtype} queries of a {view.k.dtype} cache"),
         (head_dim not in (64, 96, 128, 192, 256), f"head_dim {head_dim}"),
@@ -155,7 +158,7 @@ def run(
         Only to measure what the indirection of a paged cache costs (`benchmarks/decode.py`): ours needs none.
       products: how the GPU multiplies.
     """
-    columns = Columns.of(view)
+    columns = Columns.of(view, interpreted=bool(interpret))
     tiling = tiling or tuned(default_tiling(view.head_dim, view.k.dtype), "mosaic_decode", view.head_dim, view.k.dtype)
     shape = Shape.of(
         q, view, batch, features, scale=scale, tiling=tiling, narrow_products=products.narrow,
@@ -310,8 +313,7 @@ def copy(
         return pages[piece.request, lax.div(token, GRAIN)] * GRAIN + lax.rem(token, GRAIN)
 
     def piece(piece: Piece, count):
-        base = pl.multiple_of(piece.of.row, BOX)
-        columns = layer + piece.head, layer + piece.head + shape.v_column
+        base, columns = piece.of.row, (layer, layer + shape.v_column)
 
         def tile(tile, count, *, tail: bool):
             stage = lax.rem(count, stages)
@@ -329,8 +331,8 @@ def copy(
                     begin = token + part
                     if tail:
                         begin = jnp.where(begin < piece.end, begin, token)
-                    row = pl.multiple_of(base + place(piece, begin), BOX)
-                    _copy(shape, ref, row, column, smem, part, size, (tail_ready if tail else ready).at[barrier])
+                    arrived = (tail_ready if tail else ready).at[barrier]
+                    _copy(shape, ref, base + place(piece, begin), column, piece.head, smem, part, size, arrived)
             return count + 1
 
         whole = piece.whole_tiles(tokens)
@@ -347,18 +349,16 @@ def copy(
     lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
 
 
-def _copy(shape: Shape, ref, row, column, smem, part: int, size: int, ready) -> None:
+def _copy(shape: Shape, ref, row, column, head, smem, part: int, size: int, ready) -> None:
     """Copies so many tokens of a set to where token `part` of a tile is."""
-    if shape.together == 1:
-        plgpu.copy_gmem_to_smem(ref.at[pl.ds(row, size), column], smem.at[pl.ds(part, size)], ready)
-        return
-    heads = pl.ds(column, shape.together)
-    if not shape.interpreted:
-        plgpu.copy_gmem_to_smem(ref.at[pl.ds(row, size), heads], smem.at[pl.ds(part, size)], ready)
+    heads = head if shape.together == 1 else pl.ds(head, shape.together)
+    if shape.together == 1 or not shape.interpreted:
+        tokens = tokens_of(ref, row, size, column, heads, interpreted=shape.interpreted)
+        plgpu.copy_gmem_to_smem(tokens, part_of(smem, part, size, interpreted=shape.interpreted), ready)
         return
     for token in range(size):
         target = smem.at[pl.ds((part + token) * shape.together, shape.together)]
-        plgpu.copy_gmem_to_smem(ref.at[row + token, heads], target, ready)
+        plgpu.copy_gmem_to_smem(ref.at[row + token, column, heads], target, ready)
 
 
 def multiply(shape: Shape, local, work: Work, products: type[Products], refs: Refs, scratch: dict[str, Any]) -> None:
@@ -487,7 +487,7 @@ class _Computing:
             state = state._replace(maximum=again(state.maximum), total=again(state.total))
         stage = lax.rem(state.tiles, shape.tiling.stages)
         barrier = self.local * shape.tiling.stages + stage
-        k, v = (_rows(shape, each.at[stage]) for each in (self.k, self.v))
+        k, v = (as_rows(each.at[stage]) for each in (self.k, self.v))
         first = piece.first + tile * shape.tile_tokens
         _wait(*self.k_ready, barrier, tile >= whole, masked)
         if self.k_wide is not None:
@@ -615,11 +615,6 @@ def _store(result: Parts, shape: Shape, ref, token, head, low, high, group: int,
 
     lax.fori_loop(0, high - low, row, None)
     plgpu.wait_smem_to_gmem(0)
-
-
-def _rows(shape: Shape, tile):
-    """A tile of K or V as `[block_k, head_dim]`."""
-    return tile.reshape(shape.tiling.block_k, shape.head_dim) if len(shape.tile) > 2 else tile
 
 
 def _times(array: jax.Array, factor: Any) -> jax.Array:

@@ -72,7 +72,7 @@ def run(
         query_rows=query_rows, out_rows=first, interpret=interpret_tables,
     )  # fmt: skip
     sinks = () if features.sinks is None else (features.sinks,)
-    columns = Columns.of(view)
+    columns = Columns.of(view, interpreted=bool(interpret))
     out, order, parts, lse = plgpu.kernel(
         functools.partial(_mixed, decode=decode, prefill=prefill, tiling=tiling, has_sinks=bool(sinks)),
         out_type=(*mosaic_prefill.results(prefill, q, order), *decode.parts(decodes)),

@@ -55,7 +55,18 @@ from jax_vattention.attention.mosaic_softmax import (
     unmasked,
     weights_of,
 )
-from jax_vattention.attention.mosaic_view import BOX, ROWS, Columns, pass_on, store_rows, swizzled
+from jax_vattention.attention.mosaic_view import (
+    BOX,
+    ROWS,
+    Columns,
+    as_rows,
+    part_of,
+    pass_on,
+    store_rows,
+    swizzled,
+    tile_sizes,
+    tokens_of,
+)
 from jax_vattention.attention.prefill_shape import CLUSTER, PEER, Shape, Tiles
 from jax_vattention.attention.prefill_split import FIELDS, Tile, schedule
 from jax_vattention.attention.tilings import tuned
@@ -161,7 +172,7 @@ def launch(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs a kernel that takes what `_prefill` does; returns `(out, order)`."""
     tokens = q.shape[0]
-    columns = Columns.of(view)
+    columns = Columns.of(view, interpreted=bool(interpret))
     tables = schedule(batch, view, features, shape.split_sizes(tokens), interpret=bool(interpret))
     out, order = plgpu.kernel(
         kernel,
@@ -199,10 +210,11 @@ def padded(q: jax.Array, shape: Shape) -> jax.Array:
 def buffers(shape: Shape, dtype: Any) -> dict[str, Any]:
     """Shared memory of a block that `copy` and `fill_gaps` use, and what says that something is there."""
     tiling = shape.tiling
+    tile = tile_sizes(tiling.block_k, shape.head_dim, interpreted=shape.interpreted)
     return {
         "q_smem": swizzled((tiling.q_stages, shape.block_q, shape.head_dim), dtype),
-        "k_smem": swizzled((tiling.stages, tiling.block_k, shape.head_dim), dtype),
-        "v_smem": swizzled((tiling.stages, tiling.block_k, shape.head_dim), dtype),
+        "k_smem": swizzled((tiling.stages, *tile), dtype, rank=len(tile)),
+        "v_smem": swizzled((tiling.stages, *tile), dtype, rank=len(tile)),
         # And a row of what failed, by warpgroup: each array takes a multiple of 1 KiB.
         "tile_smem": plgpu.SMEM((tiling.q_stages + 1, FIELDS), jnp.int32),
         "zero_smem": plgpu.SMEM((shape.zero_heads, shape.head_dim), dtype),
@@ -353,14 +365,17 @@ def copy(
         plgpu.copy_gmem_to_smem(work.tiles.at[index], tile_smem.at[stage], q_ready.at[stage])
         plgpu.copy_gmem_to_smem(q_ref.at[queries, head], q_smem.at[stage], q_ready.at[stage])
 
-        column = layer + lax.div(head, shape.group)
-        keys = k_ref, column, k_smem, k_ready, k_free, tail_ready.at[0]
-        values = v_ref, column + shape.v_column, v_smem, v_ready, v_free, tail_ready.at[1]
+        keys = k_ref, layer, k_smem, k_ready, k_free, tail_ready.at[0]
+        values = v_ref, layer + shape.v_column, v_smem, v_ready, v_free, tail_ready.at[1]
 
         def load(t, side, *, last: bool = False):
             """Number `t` of the tiles of keys, which are read from the last to the first."""
             ref, column, smem, ready, free, tail = side
             stage = lax.rem(count + t, stages)
+
+            def tokens(first, count):
+                kv_head = lax.div(head, shape.group)
+                return tokens_of(ref, tile.row + first, count, column, kv_head, interpreted=shape.interpreted)
 
             @pl.when(count + t >= stages)
             def _():
@@ -369,11 +384,10 @@ def copy(
             key = tile.begin + (tile.blocks - 1 - t) * block_k
 
             def whole():
-                rows = pl.ds(pl.multiple_of(tile.row + key, BOX), block_k)
                 # Each block of a cluster copies its share to all. As a stage is free when it is in all of them, a share
                 # comes after all of what the stage had before; it may come before its block says how much it expects.
                 plgpu.copy_gmem_to_smem(
-                    ref.at[rows, column], smem.at[stage], ready.at[stage],
+                    tokens(key, block_k), smem.at[stage], ready.at[stage],
                     collective_axes=PEER if tiling.cluster > 1 else None,
                 )  # fmt: skip
 
@@ -386,11 +400,11 @@ def copy(
             def _():
                 for box in range(0, block_k, BOX):
                     begin = jnp.where(key + box < tile.kv_len, key + box, key)
-                    rows = pl.ds(pl.multiple_of(tile.row + begin, BOX), BOX)
-                    plgpu.copy_gmem_to_smem(ref.at[rows, column], smem.at[stage, pl.ds(box, BOX)], tail)
+                    target = part_of(smem.at[stage], box, BOX, interpreted=shape.interpreted)
+                    plgpu.copy_gmem_to_smem(tokens(begin, BOX), target, tail)
                 plgpu.barrier_wait(tail)
                 if ref is v_ref and side is values:
-                    _clean(smem.at[stage], tile.kv_len - key, shape)
+                    _clean(as_rows(smem.at[stage]), tile.kv_len - key, shape)
                 plgpu.barrier_arrive(ready.at[stage])
 
         load(0, keys, last=True)
@@ -544,7 +558,7 @@ def multiply(
             plgpu.barrier_wait(k_ready.at[stage_of(0)])
 
             def scores(ref):
-                plgpu.wgmma(ref, q, k_smem.at[stage_of(0)].transpose((1, 0)))
+                plgpu.wgmma(ref, q, as_rows(k_smem.at[stage_of(0)]).transpose((1, 0)))
                 return ref[...]
 
             found = pl.run_scoped(scores, plgpu.ACC((ROWS, block_k), jnp.float32))
@@ -567,10 +581,10 @@ def multiply(
             plgpu.barrier_wait(k_ready.at[k_stage])
             if in_turns:
                 wait_turn(warpgroup)
-            keys = k_smem.at[k_stage]
+            keys = as_rows(k_smem.at[k_stage])
             scores, acc, weights = begin_scores(q, keys, state.acc, state.weights, interpreted=interpreted)
             plgpu.barrier_wait(v_ready.at[v_stage])
-            acc = begin_sum(acc, weights, v_smem.at[v_stage], interpreted=interpreted)
+            acc = begin_sum(acc, weights, as_rows(v_smem.at[v_stage]), interpreted=interpreted)
             if in_turns:
                 give_turn(1 - warpgroup)
             if tiling.overlap:
@@ -611,7 +625,7 @@ def multiply(
         def finish(acc_ref):
             if not interpreted:  # which has no accumulators that begin with a value
                 acc_ref[...] = state.acc
-            plgpu.wgmma(acc_ref, state.weights, v_smem.at[stage])
+            plgpu.wgmma(acc_ref, state.weights, as_rows(v_smem.at[stage]))
             return acc_ref[...] + state.acc if interpreted else acc_ref[...]
 
         acc = pl.run_scoped(finish, plgpu.ACC((ROWS, head_dim), jnp.float32))

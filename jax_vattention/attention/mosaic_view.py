@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, vector
 from jax.experimental import pallas as pl
@@ -29,23 +30,45 @@ BOX = KV_TAIL_TOKENS
 
 
 class Columns(NamedTuple):
-    """K and V as rows of tokens, in each a column for every head: the same memory."""
+    """K and V as rows of eight tokens, in each a column for the K and the V of every layer: the same memory."""
 
     k: jax.Array
-    """`[slots * slot_tokens, columns, head_dim]`"""
+    """`[slots * slot_tokens / 8, columns, 8, num_kv_heads, head_dim]`; as the interpreter cannot take a tile of eights
+    for one of tokens, for it a copy `[slots * slot_tokens, columns, num_kv_heads, head_dim]`."""
     v: jax.Array
-    layer_stride: int
-    """Columns from one layer to the next; 0 where a layer has arrays of its own."""
-    v_column: int
-    """Where V of a layer begins, in columns from its K; 0 where V is an array of its own."""
 
     @classmethod
-    def of(cls, view: LayerView) -> Columns:
+    def of(cls, view: LayerView, *, interpreted: bool) -> Columns:
         """Those of a layer's view."""
-        slots, slot_tokens = view.k.shape[:2]
-        k, v = (each.reshape(slots * slot_tokens, -1, view.head_dim) for each in view.views)
-        heads = view.num_kv_heads if view.v is None else 0
-        return cls(k, v, 2 * heads, heads)
+        heads = view.num_kv_heads, view.head_dim
+        columns = 1 if view.v is not None else math.prod(view.k.shape[2:4])
+        k, v = (each.reshape(-1, columns, BOX, *heads) for each in view.views)
+        if interpreted:
+            k, v = (each.swapaxes(1, 2).reshape(-1, columns, *heads) for each in (k, v))
+        return cls(k, v)
+
+
+def tile_sizes(tokens: int, *sizes: int, interpreted: bool) -> tuple[int, ...]:
+    """Of shared memory for so many tokens of `Columns`."""
+    return (tokens, *sizes) if interpreted else (tokens // BOX, BOX, *sizes)
+
+
+def tokens_of(ref, row: jax.Array, tokens: int, column: jax.Array, heads: Any, *, interpreted: bool):
+    """So many tokens from a row on, both multiples of 8, of an array of `Columns`, as `tile_sizes` has them."""
+    if interpreted:
+        return ref.at[pl.ds(row, tokens), column, heads]
+    return ref.at[pl.ds(lax.div(row, BOX), tokens // BOX), column, :, heads]
+
+
+def part_of(tile, first: int, tokens: int, *, interpreted: bool):
+    """So many tokens from `first` on, both multiples of 8, of a tile."""
+    return tile.at[pl.ds(first, tokens)] if interpreted else tile.at[pl.ds(first // BOX, tokens // BOX)]
+
+
+def as_rows(tile):
+    """A tile as a matrix: the same memory."""
+    *tokens, head_dim = tile.shape
+    return tile if len(tokens) == 1 else tile.reshape(math.prod(tokens), head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +83,13 @@ class CommonShape:
     window: int | None
     interpreted: bool
     layer_stride: int
-    """See `Columns`, as for `v_column`."""
+    """From one layer to the next in `Columns`; 0 where a layer has arrays of its own."""
     v_column: int
+    """Of V, from that of K of its layer; 0 where V is an array of its own."""
 
     @staticmethod
     def common(q: jax.Array, view: LayerView, features: Features, *, scale: float, interpret: Any) -> dict[str, Any]:
         """These, for a kernel with these arguments."""
-        columns = Columns.of(view)
         return {
             "group": q.shape[1] // view.num_kv_heads,
             "head_dim": q.shape[2],
@@ -74,8 +97,8 @@ class CommonShape:
             "soft_cap": features.soft_cap,
             "window": view.window,
             "interpreted": bool(interpret),
-            "layer_stride": columns.layer_stride,
-            "v_column": columns.v_column,
+            "layer_stride": 2 if view.v is None else 0,
+            "v_column": 1 if view.v is None else 0,
         }
 
 
@@ -218,7 +241,7 @@ def _with_second_eights(
 
 def refusal(q: jax.Array, view: LayerView) -> str | None:
     """What no kernel serves of these; None if there is nothing."""
-    slots, slot_tokens = view.k.shape[:2]
+    slots, slot_tokens = view.k.shape[0], view.slot_tokens
     for refused, what in (
         (q.dtype not in (jnp.bfloat16, jnp.float16), f"queries of {q.dtype}"),
         (slot_tokens % BOX, f"slots of {slot_tokens} tokens"),

@@ -27,6 +27,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
+from jax_vattention.spec import KV_TAIL_TOKENS
 
 _LOG2_E = math.log2(math.e)
 
@@ -139,7 +140,7 @@ def run(
 class _Keys:
     """Where one program reads K and V: one KV head of one request in one layer."""
 
-    views: Sequence[Any]  # refs: one [slots, tokens, layers, 2, heads, dim], or two [slots, tokens, heads, dim]
+    views: Sequence[Any]  # refs: one [slots, eights, layers, 2, 8, heads, dim], or two [slots, tokens, heads, dim]
     slot: jax.Array
     layer: jax.Array
     kv_head: jax.Array
@@ -154,7 +155,8 @@ class _Keys:
     def at(self, which: int, tokens: jax.Array, dim: jax.Array):
         """A ref of K (`which` 0) or V (1), `[tokens, dim]`."""
         if len(self.views) == 1:
-            return self.views[0].at[self.slot, tokens[:, None], self.layer, which, self.kv_head, dim]
+            eight, token = tokens[:, None] // KV_TAIL_TOKENS, tokens[:, None] % KV_TAIL_TOKENS
+            return self.views[0].at[self.slot, eight, self.layer, which, token, self.kv_head, dim]
         return self.views[which].at[self.slot, tokens[:, None], self.kv_head, dim]
 
     def begin(self, position: jax.Array) -> jax.Array | int:

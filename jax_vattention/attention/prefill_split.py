@@ -103,7 +103,7 @@ def schedule(
     at_once = min(pl.next_power_of_2(lines), max(8, min(512, _ELEMENTS // searched)))
     chunk = max(8, _ELEMENTS // max(at_once, searched))
     kernel = functools.partial(
-        _schedule_kernel, sizes=sizes, slot_tokens=view.k.shape[1], window=view.window, chunk=chunk, at_once=at_once
+        _schedule_kernel, sizes=sizes, slot_tokens=view.slot_tokens, window=view.window, chunk=chunk, at_once=at_once
     )
     return Schedule(
         *pl.pallas_call(

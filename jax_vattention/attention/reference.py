@@ -18,6 +18,7 @@ from jax_vattention import ffi
 from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
+from jax_vattention.spec import KV_TAIL_TOKENS
 
 _BLOCK_Q = 64
 """Queries of a tile."""
@@ -49,7 +50,7 @@ class _Keys:
     @property
     def block_k(self) -> int:
         """Keys of a tile."""
-        return min(_BLOCK_K, self.view.k.shape[1])
+        return min(_BLOCK_K, self.view.slot_tokens)
 
     def blocks(self, last: jax.Array) -> tuple[jax.Array | int, jax.Array]:
         """The first tile that queries with ascending `last` keys see, and one past the last."""
@@ -96,7 +97,9 @@ def _tile_by_gather(view: LayerView, order, slot, kv_len, positions):
     # order[0] counts dropped writes, which XLA cannot know to be >= 0: every address depends on the last append.
     positions = positions + jnp.minimum(order[0], 0)
     if view.v is None:
-        tile = view.k.at[slot, positions, view.layer].get(mode="promise_in_bounds")
+        eight, token = positions // KV_TAIL_TOKENS, positions % KV_TAIL_TOKENS
+        at = view.k.at[slot, eight[:, None], view.layer, jnp.arange(2)[None, :], token[:, None]]
+        tile = at.get(mode="promise_in_bounds")
         return tile[:, 0], tile[:, 1]
     return tuple(each.at[slot, positions].get(mode="promise_in_bounds") for each in view.views)
 
