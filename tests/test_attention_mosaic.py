@@ -175,12 +175,17 @@ def test_features():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "kv_heads", "times"),
+    [(64, 8, 1), (96, 8, 1), (128, 8, 1), (128, 8, 3), (128, 16, 2), (192, 8, 3), (256, 8, 1)],
+)
 @pytest.mark.parametrize("layout", ["token_major", "layer_major"])
-def test_float8(head_dim, layout):
-    scales = np.random.default_rng(1).uniform(0.01, 0.1, (2, 2, 8)).astype(np.float32)
-    options = {"dtype": "float8_e4m3fn", "num_layers": 2, "layers": (1,), "head_dim": head_dim, "layout": layout}
-    check([(1, 1), (1, 63), (0, 0), (1, 300), (1, 1000), (1, 129)], scales=scales, **options)
+def test_float8(head_dim, kv_heads, times, layout):
+    """Of more requests than there are streams for their heads, all heads of a token are read together."""
+    scales = np.random.default_rng(1).uniform(0.01, 0.1, (2, 2, kv_heads)).astype(np.float32)
+    options = {"dtype": "float8_e4m3fn", "num_layers": 2, "layers": (1,), "layout": layout}
+    requests = [(1, 1), (1, 63), (0, 0), (1, 300), (1, 1000), (1, 129)] * times
+    check(requests, scales=scales, head_dim=head_dim, kv_heads=kv_heads, **options)
 
 
 @pytest.mark.gpu

@@ -277,8 +277,10 @@ def test_streams_count_in_no_table_of_kernels_that_may_run_at_the_same_time(monk
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
-def test_float8_decode_on_hopper(head_dim):
-    spec = llama_spec(dtype=jnp.float8_e4m3fn, head_dim=head_dim)
+@pytest.mark.parametrize("kv_heads", [8, 16])
+def test_float8_decode_on_hopper(head_dim, kv_heads):
+    """Of more pairs than 128, here with 16 heads, eight heads of a token are read together."""
+    spec = llama_spec(dtype=jnp.float8_e4m3fn, head_dim=head_dim, kv_heads=kv_heads)
     q = jax.ShapeDtypeStruct((REQUESTS, Q_HEADS, head_dim), jnp.bfloat16)
     each = compile_for("h100", straight, q, abstract_cache(spec), int32(), abstract_batch(1))
     assert_views_not_copied(each, spec)

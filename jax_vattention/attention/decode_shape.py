@@ -46,12 +46,19 @@ def _kernels_overlap() -> bool:
     return "command_buffer_scheduling_mode=CONCURRENT" in os.environ.get("XLA_FLAGS", "")
 
 
-def default_tiling(head_dim: int, kv_dtype: Any) -> Tiling:
-    """Where nothing was tuned. What is read of one token at once is no less than `_SHORT` bytes, if it can be."""
-    if head_dim * jnp.dtype(kv_dtype).itemsize >= _SHORT:
+def default_tiling(head_dim: int, kv_dtype: Any, pairs: int | None = None) -> Tiling:
+    """Where nothing was tuned. What is read of one token at once is no less than `_SHORT` bytes, if it can be.
+
+    Args:
+      pairs: of a KV head and a request, if they are known.
+    """
+    itemsize = jnp.dtype(kv_dtype).itemsize
+    if head_dim * itemsize >= _SHORT:
         return Tiling()
+    # Where all streams share few pairs, a set of all heads is in many streams and much to join; one head is little.
+    apart = pairs is not None and pairs <= _BLOCKS and itemsize == 1 and head_dim >= 128
     # As many bytes in a tile as of rows that are not short.
-    return Tiling(block_k=128 if head_dim <= 128 else 64, together=BOX)
+    return Tiling(block_k=128 if head_dim <= 128 else 64, together=1 if apart else BOX)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +160,9 @@ class Shape(CommonShape):
         """Sizes of a tile of K or V in shared memory; the same memory as `[block_k, head_dim]`."""
         if self.interpreted:  # which has no two shapes for one thing
             return self.tiling.block_k, self.head_dim
-        heads = (self.together,) if self.together > 1 else ()
-        return tile_sizes(self.tile_tokens, *heads, self.head_dim, interpreted=False)
+        if self.together > 1:
+            return self.tile_tokens, self.together, self.head_dim
+        return tile_sizes(self.tile_tokens, self.head_dim, interpreted=False)
 
     @property
     def sharing(self) -> int:
@@ -204,9 +212,13 @@ class Shape(CommonShape):
         return max(1, self.tile_tokens // GRAIN) if self.paged else 1
 
     @property
-    def arrivals(self) -> int:
-        """Of each of these copies; the interpreter has no other way than one for each token of a set's heads."""
-        return self.tile_tokens // self.copies if self.interpreted and self.together > 1 else 1
+    def copied_tokens(self) -> int:
+        """That one instruction copies of a set of several heads: a box has five dimensions at most."""
+        return 1 if self.interpreted else BOX
+
+    def arrivals(self, tokens: int) -> int:
+        """Of a copy of so many tokens: its instructions."""
+        return 1 if self.together == 1 else tokens // self.copied_tokens
 
     @property
     def streams(self) -> int:
@@ -220,7 +232,7 @@ class Shape(CommonShape):
         A result that one stream had all keys of is final then. One stream must not have much to join, and no other
         kernel with the same table may run at the same time.
         """
-        if self.interpreted or not self.direct or self.narrow or self.together > 1 or _kernels_overlap():
+        if self.interpreted or not self.direct or self.together > 1 or _kernels_overlap():
             return False
         segments = -(-self.streams // self.sets) + 1
         whole_threads = self.num_kv_heads * self.group * self.head_dim % 128 == 0

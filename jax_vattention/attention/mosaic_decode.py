@@ -158,12 +158,14 @@ def run(
         Only to measure what the indirection of a paged cache costs (`benchmarks/decode.py`): ours needs none.
       products: how the GPU multiplies.
     """
-    columns = Columns.of(view, interpreted=bool(interpret))
-    tiling = tiling or tuned(default_tiling(view.head_dim, view.k.dtype), "mosaic_decode", view.head_dim, view.k.dtype)
+    if tiling is None:
+        default = default_tiling(view.head_dim, view.k.dtype, batch.num_requests * view.num_kv_heads)
+        tiling = tuned(default, "mosaic_decode", view.head_dim, view.k.dtype)
     shape = Shape.of(
         q, view, batch, features, scale=scale, tiling=tiling, narrow_products=products.narrow,
         paged=page_table is not None, interpret=interpret,
     )  # fmt: skip
+    columns = Columns.of(view, together=shape.together, interpreted=shape.interpreted)
     split = decode_split.split(
         batch, view, features, tokens=q.shape[0], sets=shape.sets, streams=shape.streams, interpret=interpret_tables
     )
@@ -186,8 +188,7 @@ def run(
         kernel_name="attention_decode",
     )(
         queries,
-        columns.k,
-        columns.v,
+        *columns,
         split.requests,
         split.streams,
         split.owners,
@@ -215,8 +216,8 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
         return swizzled((streams, stages, *shape.tile), kv_dtype, rank=len(shape.tile))
 
     many = streams * stages
-    whole = shape.copies * shape.arrivals
-    boxes = shape.tile_tokens // BOX * (BOX if shape.arrivals > 1 else 1)
+    whole = shape.copies * shape.arrivals(shape.tile_tokens // shape.copies)
+    boxes = shape.tile_tokens // BOX * shape.arrivals(BOX)
     rows = (("out_smem", out_dtype), ("part_smem", jnp.float32))
     return {
         "q_smem": tiles(2, ROWS, shape.head_dim),
@@ -351,14 +352,18 @@ def copy(
 
 def _copy(shape: Shape, ref, row, column, head, smem, part: int, size: int, ready) -> None:
     """Copies so many tokens of a set to where token `part` of a tile is."""
-    heads = head if shape.together == 1 else pl.ds(head, shape.together)
-    if shape.together == 1 or not shape.interpreted:
-        tokens = tokens_of(ref, row, size, column, heads, interpreted=shape.interpreted)
+    if shape.together == 1:
+        tokens = tokens_of(ref, row, size, column, head, interpreted=shape.interpreted)
         plgpu.copy_gmem_to_smem(tokens, part_of(smem, part, size, interpreted=shape.interpreted), ready)
         return
-    for token in range(size):
-        target = smem.at[pl.ds((part + token) * shape.together, shape.together)]
-        plgpu.copy_gmem_to_smem(ref.at[row + token, column, heads], target, ready)
+    for token in range(0, size, shape.copied_tokens):
+        if shape.interpreted:
+            source = ref.at[row + token, column, pl.ds(head, shape.together)]
+            target = smem.at[pl.ds((part + token) * shape.together, shape.together)]
+        else:
+            source = ref.at[lax.div(row + token, BOX), column, :, lax.div(head, shape.together)]
+            target = smem.at[pl.ds(part + token, BOX)]
+        plgpu.copy_gmem_to_smem(source, target, ready)
 
 
 def multiply(shape: Shape, local, work: Work, products: type[Products], refs: Refs, scratch: dict[str, Any]) -> None:
@@ -555,6 +560,7 @@ class _Computing:
         mosaic_join.join(
             refs.parts, refs.lse, refs.out, segment=pair.pair + pair.first, count=pair.streams,
             low=self.shape.first_row(head, 0), rows=of.queries * group, token=of.out, head=head * group, group=group,
+            first_eights=self.shape.narrow,
         )  # fmt: skip
 
 

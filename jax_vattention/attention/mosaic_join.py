@@ -27,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention.decode_split import ARRIVED, OWNED_UNITS, OWNER, QUERY, SharedPair, out_row
 from jax_vattention.attention.mosaic_products import issue
+from jax_vattention.attention.mosaic_view import BOX
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 _FENCE = "fence.acq_rel.gpu;"
@@ -83,16 +84,17 @@ def _count(counter, of: ir.Value) -> Any:
     return llvm.inline_asm(of.type, operands, asm, "=&r,l,r", has_side_effects=True)
 
 
-def join(parts, lse, out, *, segment, count, low, rows, token, head, group: int) -> None:
+def join(parts, lse, out, *, segment, count, low, rows, token, head, group: int, first_eights: bool = False) -> None:
     """Writes the sums of what streams found for a pair, each by its share of the softmax.
 
     Args:
-      parts, lse: see `decode_split.join`; both have a row in the same place.
+      parts, lse: see `decode_split.join`.
       out: `[tokens, num_q_heads, head_dim]`.
       segment, count: the first of them, and how many there are.
       low, rows: of a segment.
       token, head: where row `low` goes in `out`; the next ones are the other heads of a group, then those of the next
         token.
+      first_eights: rows are those of the first, third, ... eight in `lse`.
     """
     scalars = segment, count, low, rows, token, head
 
@@ -113,7 +115,10 @@ def join(parts, lse, out, *, segment, count, low, rows, token, head, group: int)
             element = arith.addi(thread, arith.muli(i, threads))
             number = arith.divui(element, of_row)
             column = arith.muli(arith.remui(element, of_row), mgpu.c(_WIDTH, index))
-            value = _joined(parts, lse, segment, count, arith.addi(low, number), column)
+            row = arith.addi(low, number)
+            whole_eights = arith.subi(row, arith.remui(row, mgpu.c(BOX, index)))
+            lse_row = arith.addi(row, whole_eights) if first_eights else row
+            value = _joined(parts, lse, segment, count, (row, lse_row), column)
             value = arith.truncf(ir.VectorType.get((_WIDTH,), dtype), value)
             to_token = arith.addi(token, arith.divui(number, size))
             vector.store(value, out, [to_token, arith.addi(head, arith.remui(number, size)), column])
@@ -122,8 +127,11 @@ def join(parts, lse, out, *, segment, count, low, rows, token, head, group: int)
     store(parts, lse, out, *scalars)
 
 
-def _joined(parts, lse, segment: ir.Value, count: ir.Value, row: ir.Value, column: ir.Value) -> ir.Value:
-    """Of one row, `_WIDTH` columns."""
+def _joined(
+    parts, lse, segment: ir.Value, count: ir.Value, rows: tuple[ir.Value, ir.Value], column: ir.Value
+) -> ir.Value:
+    """Of one row, `_WIDTH` columns; `rows` says where it is in `parts` and in `lse`."""
+    row, lse_row = rows
     index, f32 = ir.IndexType.get(), ir.F32Type.get()
     several = ir.VectorType.get((_WIDTH,), f32)
     nothing = mgpu.c(-math.inf, f32)
@@ -133,7 +141,7 @@ def _joined(parts, lse, segment: ir.Value, count: ir.Value, row: ir.Value, colum
         """The logarithm and the values of a segment; behind the last one once more those of the last."""
         at = arith.addi(segment, arith.minui(number, last))
         there = arith.cmpi(arith.CmpIPredicate.ule, number, last)
-        found = arith.select(there, memref.load(lse, [at, row]), nothing)
+        found = arith.select(there, memref.load(lse, [at, lse_row]), nothing)
         return found, vector.load(several, parts, [at, row, column])
 
     rounds = arith.ceildivui(count, mgpu.c(_AT_ONCE, index))

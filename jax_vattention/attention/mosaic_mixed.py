@@ -72,7 +72,8 @@ def run(
         query_rows=query_rows, out_rows=first, interpret=interpret_tables,
     )  # fmt: skip
     sinks = () if features.sinks is None else (features.sinks,)
-    columns = Columns.of(view, interpreted=bool(interpret))
+    columns = Columns.of(view, interpreted=prefill.interpreted)
+    in_sets = Columns.of(view, together=decode.together, interpreted=decode.interpreted)
     out, order, parts, lse = plgpu.kernel(
         functools.partial(_mixed, decode=decode, prefill=prefill, tiling=tiling, has_sinks=bool(sinks)),
         out_type=(*mosaic_prefill.results(prefill, q, order), *decode.parts(decodes)),
@@ -86,8 +87,8 @@ def run(
     )(
         mosaic_prefill.padded(q, prefill),
         decode.query_tiles(queries, decodes),
-        columns.k,
-        columns.v,
+        *columns,
+        *in_sets,
         *schedule,
         split.requests,
         split.streams,
@@ -140,9 +141,9 @@ def _by_kind(scratch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _mixed(
-    q_ref, q_tiles, k_ref, v_ref, tiles, gaps, counts, requests, streams, owners, layer_ref, order, *refs,
-    decode: decode_shape.Shape, prefill: prefill_shape.Shape, tiling: mosaic_prefill.Tiling, has_sinks: bool, memory,
-    barriers, between,
+    q_ref, q_tiles, k_ref, v_ref, k_sets, v_sets, tiles, gaps, counts, requests, streams, owners, layer_ref, order,
+    *refs, decode: decode_shape.Shape, prefill: prefill_shape.Shape, tiling: mosaic_prefill.Tiling, has_sinks: bool,
+    memory, barriers, between,
 ):  # fmt: skip
     """One block. Arguments are those of the two kernels."""
     *sinks, out_ref, order_out, parts_ref, lse_ref = refs
@@ -177,7 +178,7 @@ def _mixed(
             mosaic_prefill.drain(computing, copied, **others)
 
         def decodes():
-            mosaic_decode.copy(decode, local, reading, layer, k_ref, v_ref, None, **own)
+            mosaic_decode.copy(decode, local, reading, layer, k_sets, v_sets, None, **own)
             if decode.joins:
                 mosaic_join.fill(owners, requests, out_ref, computing.block, decode.streams, unowned=False)
 

@@ -172,7 +172,6 @@ def launch(
 ) -> tuple[jax.Array, jax.Array]:
     """Runs a kernel that takes what `_prefill` does; returns `(out, order)`."""
     tokens = q.shape[0]
-    columns = Columns.of(view, interpreted=bool(interpret))
     tables = schedule(batch, view, features, shape.split_sizes(tokens), interpret=bool(interpret))
     out, order = plgpu.kernel(
         kernel,
@@ -186,8 +185,7 @@ def launch(
         kernel_name="attention_prefill",
     )(
         padded(q, shape),
-        columns.k,
-        columns.v,
+        *Columns.of(view, interpreted=shape.interpreted),
         *tables,
         view.layer.reshape(1),
         order,

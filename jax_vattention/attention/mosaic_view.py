@@ -33,14 +33,16 @@ class Columns(NamedTuple):
     """K and V as rows of eight tokens, in each a column for the K and the V of every layer: the same memory."""
 
     k: jax.Array
-    """`[slots * slot_tokens / 8, columns, 8, num_kv_heads, head_dim]`; as the interpreter cannot take a tile of eights
-    for one of tokens, for it a copy `[slots * slot_tokens, columns, num_kv_heads, head_dim]`."""
+    """`[slots * slot_tokens / 8, columns, 8, num_kv_heads, head_dim]`, or with heads in sets `[..., 8, sets, heads of a
+    set, head_dim]`. As the interpreter cannot take a tile of eights for one of tokens, for it a copy `[slots *
+    slot_tokens, columns, num_kv_heads, head_dim]`."""
     v: jax.Array
 
     @classmethod
-    def of(cls, view: LayerView, *, interpreted: bool) -> Columns:
-        """Those of a layer's view."""
-        heads = view.num_kv_heads, view.head_dim
+    def of(cls, view: LayerView, *, together: int = 1, interpreted: bool) -> Columns:
+        """Those of a layer's view, with so many heads in a set."""
+        sets = (view.num_kv_heads // together, together) if together > 1 and not interpreted else (view.num_kv_heads,)
+        heads = *sets, view.head_dim
         columns = 1 if view.v is not None else math.prod(view.k.shape[2:4])
         k, v = (each.reshape(-1, columns, BOX, *heads) for each in view.views)
         if interpreted:
@@ -53,11 +55,11 @@ def tile_sizes(tokens: int, *sizes: int, interpreted: bool) -> tuple[int, ...]:
     return (tokens, *sizes) if interpreted else (tokens // BOX, BOX, *sizes)
 
 
-def tokens_of(ref, row: jax.Array, tokens: int, column: jax.Array, heads: Any, *, interpreted: bool):
+def tokens_of(ref, row: jax.Array, tokens: int, column: jax.Array, head: jax.Array, *, interpreted: bool):
     """So many tokens from a row on, both multiples of 8, of an array of `Columns`, as `tile_sizes` has them."""
     if interpreted:
-        return ref.at[pl.ds(row, tokens), column, heads]
-    return ref.at[pl.ds(lax.div(row, BOX), tokens // BOX), column, :, heads]
+        return ref.at[pl.ds(row, tokens), column, head]
+    return ref.at[pl.ds(lax.div(row, BOX), tokens // BOX), column, :, head]
 
 
 def part_of(tile, first: int, tokens: int, *, interpreted: bool):
