@@ -55,7 +55,7 @@ def default_tiling(head_dim: int, kv_dtype: Any, pairs: int | None = None) -> Ti
     itemsize = jnp.dtype(kv_dtype).itemsize
     if head_dim * itemsize >= _SHORT:
         return Tiling()
-    # Where all streams share few pairs, a set of all heads is in many streams and much to join; one head is little.
+    # Where streams share few pairs, there is much to join of a set of heads; of one head it is little.
     apart = pairs is not None and pairs <= _BLOCKS and itemsize == 1 and head_dim >= 128
     # As many bytes in a tile as of rows that are not short.
     return Tiling(block_k=128 if head_dim <= 128 else 64, together=1 if apart else BOX)
@@ -158,11 +158,9 @@ class Shape(CommonShape):
     @property
     def tile(self) -> tuple[int, ...]:
         """Sizes of a tile of K or V in shared memory; the same memory as `[block_k, head_dim]`."""
-        if self.interpreted:  # which has no two shapes for one thing
-            return self.tiling.block_k, self.head_dim
-        if self.together > 1:
-            return self.tile_tokens, self.together, self.head_dim
-        return tile_sizes(self.tile_tokens, self.head_dim, interpreted=False)
+        if self.together == 1 or self.interpreted:  # which has no two shapes for one thing
+            return tile_sizes(self.tiling.block_k, self.head_dim, interpreted=self.interpreted)
+        return self.tile_tokens, self.together, self.head_dim
 
     @property
     def sharing(self) -> int:

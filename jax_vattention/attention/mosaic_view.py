@@ -50,9 +50,9 @@ class Columns(NamedTuple):
         return cls(k, v)
 
 
-def tile_sizes(tokens: int, *sizes: int, interpreted: bool) -> tuple[int, ...]:
-    """Of shared memory for so many tokens of `Columns`."""
-    return (tokens, *sizes) if interpreted else (tokens // BOX, BOX, *sizes)
+def tile_sizes(tokens: int, head_dim: int, *, interpreted: bool) -> tuple[int, ...]:
+    """Of shared memory for so many tokens of one head of `Columns`."""
+    return (tokens, head_dim) if interpreted else (tokens // BOX, BOX, head_dim)
 
 
 def tokens_of(ref, row: jax.Array, tokens: int, column: jax.Array, head: jax.Array, *, interpreted: bool):
