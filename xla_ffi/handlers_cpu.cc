@@ -29,7 +29,6 @@ struct ViewLayout {
   int64_t part_bytes;    // K, or V, of one token and layer
   int64_t layer_bytes;   // from one layer to the next
   int64_t v_offset;      // from K to V, where both are in one view
-
 };
 
 // From the start of a view to a token of a layer.
