@@ -337,4 +337,5 @@ def test_mixed_clusters_in_the_interpreter(clusters):
 @pytest.mark.parametrize(("requests", "options"), MIXED, ids=str)
 def test_mixed_in_one_kernel(requests, options):
     check_mixed(requests, interpreted=False, **options)
-    check_mixed(requests, interpreted=False, **options | {"blocks": 132, "block_k": 128, "cluster": 2})
+    many = {"blocks": 132, "block_k": 128, "cluster": 2, "keep_keys": True}
+    check_mixed(requests, interpreted=False, **options | many)

@@ -20,7 +20,7 @@ from compile_helpers import (
 )
 
 from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch, attention
-from jax_vattention.attention import mosaic_prefill
+from jax_vattention.attention import mosaic_copy, mosaic_prefill
 
 pytestmark = [
     pytest.mark.compile_gpu,
@@ -264,6 +264,31 @@ def test_a_layer_on_hopper_is_one_launch(max_q_len):
     layers = [rest for rest in launched if 'custom_call_target="mosaic_gpu' in rest]
     assert len(layers) == 2
     assert not any("attention_decode_combine" in rest for rest in launched)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
+@pytest.mark.parametrize(
+    ("dtype", "max_q_len", "policies"),
+    [
+        (jnp.bfloat16, 1, set()),
+        (jnp.float8_e4m3fn, 1, {mosaic_copy.READ_ONCE}),
+        (jnp.bfloat16, 512, {mosaic_copy.READ_AGAIN}),
+    ],
+    ids=["decode", "float8", "mixed"],
+)
+def test_l2_is_told_what_is_read_again(dtype, max_q_len, policies, monkeypatch):
+    given, give = set(), mosaic_copy._give
+
+    def seen(copy, policy):
+        given.add(policy)
+        give(copy, policy)
+
+    monkeypatch.setattr(mosaic_copy, "_give", seen)
+    spec = llama_spec(max_seq_len=2048, dtype=dtype)  # as below, not a program of another test
+    q = jax.ShapeDtypeStruct(abstract_q(spec, max_q_len).shape, jnp.bfloat16)
+    each = compile_for("h100", straight, q, abstract_cache(spec), int32(), abstract_batch(max_q_len))
+    assert len(mosaic_kernels(each)) == 2
+    assert given == policies
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")

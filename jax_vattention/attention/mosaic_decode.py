@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention import decode_split, float8_queries, mosaic_join
+from jax_vattention.attention import decode_split, float8_queries, mosaic_copy, mosaic_join
 from jax_vattention.attention.decode_shape import Shape, Tiling, default_tiling
 from jax_vattention.attention.decode_split import GRAIN, Piece, Request, SharedPair, Work
 from jax_vattention.attention.features import Features
@@ -352,9 +352,12 @@ def copy(
 
 def _copy(shape: Shape, ref, row, column, head, smem, part: int, size: int, ready) -> None:
     """Copies so many tokens of a set to where token `part` of a tile is."""
+    # Partial results and tables stay in L2 then. Where rows are longer, and there is less to join, nothing is gained.
+    policy = mosaic_copy.READ_ONCE if shape.quantized else None
     if shape.together == 1:
         tokens = tokens_of(ref, row, size, column, head, interpreted=shape.interpreted)
-        plgpu.copy_gmem_to_smem(tokens, part_of(smem, part, size, interpreted=shape.interpreted), ready)
+        smem = part_of(smem, part, size, interpreted=shape.interpreted)
+        mosaic_copy.copy(tokens, smem, ready, policy=policy, interpreted=shape.interpreted)
         return
     for token in range(0, size, shape.copied_tokens):
         if shape.interpreted:
@@ -363,7 +366,7 @@ def _copy(shape: Shape, ref, row, column, head, smem, part: int, size: int, read
         else:
             source = ref.at[lax.div(row + token, BOX), column, :, lax.div(head, shape.together)]
             target = smem.at[pl.ds(part + token, BOX)]
-        plgpu.copy_gmem_to_smem(source, target, ready)
+        mosaic_copy.copy(source, target, ready, policy=policy, interpreted=shape.interpreted)
 
 
 def multiply(shape: Shape, local, work: Work, products: type[Products], refs: Refs, scratch: dict[str, Any]) -> None:

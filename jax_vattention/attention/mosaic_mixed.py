@@ -34,8 +34,9 @@ from jax_vattention.attention.mosaic_view import Columns, pass_on
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
-_TILING = mosaic_prefill.Tiling(cluster=2, registers=(72, 216))
-"""Blocks that prefill leave more of what L2 delivers to those that decode, whose copying warpgroup has more to keep."""
+_TILING = mosaic_prefill.Tiling(cluster=2, keep_keys=True, registers=(72, 216))
+"""Blocks that prefill leave more of what L2 delivers to those that decode, whose copying warpgroup has more to keep.
+What these read, each key once, would displace K and V of the prefill, which all tiles of queries read."""
 _COPIES = 2
 """The warpgroup that copies; those before it multiply, of which decoding uses the first."""
 

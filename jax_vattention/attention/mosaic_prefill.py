@@ -34,6 +34,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_vattention.attention import mosaic_copy
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_products import (
     any_of_cluster,
@@ -384,8 +385,9 @@ def copy(
             def whole():
                 # Each block of a cluster copies its share to all. As a stage is free when it is in all of them, a share
                 # comes after all of what the stage had before; it may come before its block says how much it expects.
-                plgpu.copy_gmem_to_smem(
+                mosaic_copy.copy(
                     tokens(key, block_k), smem.at[stage], ready.at[stage],
+                    policy=mosaic_copy.READ_AGAIN if tiling.keep_keys else None, interpreted=shape.interpreted,
                     collective_axes=PEER if tiling.cluster > 1 else None,
                 )  # fmt: skip
 

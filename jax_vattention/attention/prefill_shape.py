@@ -29,6 +29,8 @@ class Tiles:
     q_stages: int = 2
     """Tiles of queries in shared memory."""
     blocks: int = BLOCKS
+    keep_keys: bool = False
+    """L2 is to keep K and V while others read something else."""
     cluster: int = 1
     """Blocks that read K and V together, at most: see `tiling_of`."""
 

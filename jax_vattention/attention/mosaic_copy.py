@@ -1,0 +1,111 @@
+"""Copies from memory to shared memory that tell L2 how long to keep what they read: Hopper GPUs.
+
+The instruction takes a cache policy that Pallas' copy does not pass on: here it is given one after it was made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, gpu, llvm, nvvm
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_vattention.attention.mosaic_view import swizzled
+
+READ_ONCE, READ_AGAIN = 0x12F0000000000000, 0x14F0000000000000
+"""Policies, as `createpolicy.fractional.L2::evict_first` and `evict_last` make them for all of what is read."""
+_LOAD, _COPY, _TEXT = "mosaic_gpu.async_load", "nvvm.cp.async.bulk.tensor.shared.cluster.global", "llvm.inline_asm"
+
+
+def copy(source, target, ready, *, policy: int | None, interpreted: bool, collective_axes: str | None = None) -> None:
+    """`plgpu.copy_gmem_to_smem`, with a policy for L2.
+
+    Args:
+      target: of shared memory as `swizzled` makes it, tiled in all of its dimensions.
+    """
+    plgpu.copy_gmem_to_smem(source, target, ready, collective_axes=collective_axes)
+    if policy is None or interpreted:
+        return
+    tiling, swizzle = swizzled(target.shape, target.dtype, rank=len(target.shape)).transforms
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType((tiling, swizzle)),))
+    def give_policy(context, target):
+        block = ir.InsertionPoint.current.block
+        load = _last(block.owner.operation.block, _LOAD)
+        if load is not None:  # which becomes a copy later on, out of reach: it is made here
+            _make(context, load, target, tiling.tiling, swizzle.swizzle)
+        _give(_last(block, _COPY, _TEXT), policy)
+
+    give_policy(target)
+
+
+def _last(block: ir.Block, *names: str) -> Any:
+    """Operation of one of these names in a block, or None."""
+    return next((op for op in reversed(list(block.operations)) if op.operation.name in names), None)
+
+
+def _make(context: Any, load: Any, target: ir.Value, tiling: tuple[int, ...], swizzle: int) -> None:
+    """Makes the copy that a `mosaic_gpu.async_load` stands for, and removes that."""
+
+    def index(value):
+        return arith.index_cast(ir.IndexType.get(), value)
+
+    if load.predicate is not None or load.leader_tracked is not None:
+        raise NotImplementedError(f"jax copies otherwise than expected: {load}")
+    with ir.InsertionPoint(load):  # what is made around here may not refer to a barrier, but to its address
+        barrier = mgpu.utils.DialectBarrierRef.from_barrier_memref(load.barrier).barrier_ref
+    context.async_copy(
+        src_ref=load.source,
+        dst_ref=target,
+        gmem_slice=tuple(
+            index(first) if size < 0 else mgpu.ds(index(first), size)
+            for first, size in zip(load.indices, load.slice_lengths, strict=True)
+        ),
+        gmem_transform=mgpu.TileTransform(tiling),
+        barrier=barrier,
+        collective=tuple(gpu.Dimension(ir.IntegerAttr(axis).value) for axis in load.collective or ()),
+        arrive=False,
+        swizzle=swizzle,
+    )
+    load.operation.erase()
+
+
+def _give(copy: Any, policy: int) -> None:
+    """Makes a copy once more, with a policy."""
+    i64 = ir.IntegerType.get_signless(64)
+    with ir.InsertionPoint(copy):
+        hint = llvm.ConstantOp(i64, ir.IntegerAttr.get(i64, policy)).result
+        (_give_text if copy.operation.name == _TEXT else _give_operation)(copy, hint)
+    copy.operation.erase()
+
+
+def _give_operation(copy: Any, hint: ir.Value) -> None:
+    """As jax 0.11 makes it."""
+    operands, parts = list(copy.operands), []
+    for size in copy.attributes["operandSegmentSizes"]:
+        parts.append(operands[:size])
+        operands = operands[size:]
+    (target,), (descriptor,), coordinates, (barrier,), offsets, mask, _, predicate = parts
+    nvvm.cp_async_bulk_tensor_shared_cluster_global(
+        target,
+        descriptor,
+        coordinates,
+        barrier,
+        offsets,
+        multicast_mask=mask[0] if mask else None,
+        l2_cache_hint=hint,
+        predicate=predicate[0] if predicate else None,
+    )
+
+
+def _give_text(copy: Any, hint: ir.Value) -> None:
+    """As jax 0.12 makes it: `@$0 cp.async.bulk.tensor... [$1], [$2, {...}], [$3], ...;`."""
+    text, constraints = (ir.StringAttr(copy.attributes[name]).value for name in ("asm_string", "constraints"))
+    what, memory, end = text.partition(" [$1]")
+    if "cp.async.bulk.tensor" not in what or not end.endswith(";"):
+        raise NotImplementedError(f"jax copies otherwise than expected: {text}")
+    text = f"{what}.L2::cache_hint{memory}{end[:-1]}, ${len(copy.operands)};"
+    operands = [*copy.operands, hint]
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, f"{constraints},l", has_side_effects=True)
