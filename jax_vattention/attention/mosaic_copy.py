@@ -5,8 +5,12 @@ The instruction takes a cache policy that Pallas' copy does not pass on: here it
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, gpu, llvm, nvvm
 from jax.experimental.mosaic import gpu as mgpu
@@ -16,7 +20,7 @@ from jax_vattention.attention.mosaic_view import swizzled
 
 READ_ONCE, READ_AGAIN = 0x12F0000000000000, 0x14F0000000000000
 """Policies, as `createpolicy.fractional.L2::evict_first` and `evict_last` make them for all of what is read."""
-_LOAD, _COPY, _TEXT = "mosaic_gpu.async_load", "nvvm.cp.async.bulk.tensor.shared.cluster.global", "llvm.inline_asm"
+_LOAD = "mosaic_gpu.async_load"
 
 
 def copy(source, target, ready, *, policy: int | None, interpreted: bool, collective_axes: str | None = None) -> None:
@@ -36,7 +40,7 @@ def copy(source, target, ready, *, policy: int | None, interpreted: bool, collec
         load = _last(block.owner.operation.block, _LOAD)
         if load is not None:  # which becomes a copy later on, out of reach: it is made here
             _make(context, load, target, tiling.tiling, swizzle.swizzle)
-        _give(_last(block, _COPY, _TEXT), policy)
+        _give(_last(block, *_GIVE), policy)
 
     give_policy(target)
 
@@ -52,8 +56,6 @@ def _make(context: Any, load: Any, target: ir.Value, tiling: tuple[int, ...], sw
     def index(value):
         return arith.index_cast(ir.IndexType.get(), value)
 
-    if load.predicate is not None or load.leader_tracked is not None:
-        raise NotImplementedError(f"jax copies otherwise than expected: {load}")
     with ir.InsertionPoint(load):  # what is made around here may not refer to a barrier, but to its address
         barrier = mgpu.utils.DialectBarrierRef.from_barrier_memref(load.barrier).barrier_ref
     context.async_copy(
@@ -73,22 +75,36 @@ def _make(context: Any, load: Any, target: ir.Value, tiling: tuple[int, ...], sw
 
 
 def _give(copy: Any, policy: int) -> None:
-    """Makes a copy once more, with a policy."""
-    i64 = ir.IntegerType.get_signless(64)
-    with ir.InsertionPoint(copy):
-        hint = llvm.ConstantOp(i64, ir.IntegerAttr.get(i64, policy)).result
-        (_give_text if copy.operation.name == _TEXT else _give_operation)(copy, hint)
-    copy.operation.erase()
+    """Makes a copy once more, with a policy; if jax makes copies in a way that is not known, leaves it as it is."""
+    given = None
+    if copy is not None:
+        i64 = ir.IntegerType.get_signless(64)
+        with ir.InsertionPoint(copy):
+            hint = llvm.ConstantOp(i64, ir.IntegerAttr.get(i64, policy)).result
+            given = _GIVE[copy.operation.name](copy, hint)
+    if given is None:
+        _say_that_nothing_was_given()
+    else:
+        copy.operation.erase()
 
 
-def _give_operation(copy: Any, hint: ir.Value) -> None:
-    """As jax 0.11 makes it."""
+@functools.cache
+def _say_that_nothing_was_given() -> None:
+    warnings.warn(
+        f"jax {jax.__version__} copies in a way that is not known here: L2 is not told how long to keep K and V, "
+        "which makes some kernels up to 3% slower",
+        stacklevel=2,
+    )
+
+
+def _give_operation(copy: Any, hint: ir.Value) -> Any:
+    """As jax 0.10 and 0.11 make it."""
     operands, parts = list(copy.operands), []
     for size in copy.attributes["operandSegmentSizes"]:
         parts.append(operands[:size])
         operands = operands[size:]
     (target,), (descriptor,), coordinates, (barrier,), offsets, mask, _, predicate = parts
-    nvvm.cp_async_bulk_tensor_shared_cluster_global(
+    return nvvm.cp_async_bulk_tensor_shared_cluster_global(
         target,
         descriptor,
         coordinates,
@@ -100,12 +116,19 @@ def _give_operation(copy: Any, hint: ir.Value) -> None:
     )
 
 
-def _give_text(copy: Any, hint: ir.Value) -> None:
+def _give_text(copy: Any, hint: ir.Value) -> Any:
     """As jax 0.12 makes it: `@$0 cp.async.bulk.tensor... [$1], [$2, {...}], [$3], ...;`."""
     text, constraints = (ir.StringAttr(copy.attributes[name]).value for name in ("asm_string", "constraints"))
     what, memory, end = text.partition(" [$1]")
     if "cp.async.bulk.tensor" not in what or not end.endswith(";"):
-        raise NotImplementedError(f"jax copies otherwise than expected: {text}")
+        return None
     text = f"{what}.L2::cache_hint{memory}{end[:-1]}, ${len(copy.operands)};"
     operands = [*copy.operands, hint]
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, f"{constraints},l", has_side_effects=True)
+    return llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, f"{constraints},l", has_side_effects=True)
+
+
+_GIVE: dict[str, Callable[[Any, ir.Value], Any]] = {
+    "nvvm.cp.async.bulk.tensor.shared.cluster.global": _give_operation,
+    "llvm.inline_asm": _give_text,
+}
+"""How a copy of this name is made once more; None if it is something else."""
