@@ -1,4 +1,4 @@
-"""Copies from memory to shared memory that tell L2 how long to keep what they read: Hopper GPUs.
+"""Copies from memory to shared memory that tell L2 how long to keep what they read: Hopper and Blackwell GPUs.
 
 The instruction takes a cache policy that Pallas' copy does not pass on: here it is given one after it was made.
 """
@@ -16,7 +16,7 @@ from jax._src.lib.mlir.dialects import arith, gpu, llvm, nvvm
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention.mosaic_view import swizzled
+from jax_vattention.attention.mosaic_view import operand
 
 READ_ONCE, READ_AGAIN = 0x12F0000000000000, 0x14F0000000000000
 """Policies, as `createpolicy.fractional.L2::evict_first` and `evict_last` make them for all of what is read."""
@@ -27,14 +27,15 @@ def copy(source, target, ready, *, policy: int | None, interpreted: bool, collec
     """`plgpu.copy_gmem_to_smem`, with a policy for L2.
 
     Args:
-      target: of shared memory as `swizzled` makes it, tiled in all of its dimensions.
+      target: see `operand`.
     """
     plgpu.copy_gmem_to_smem(source, target, ready, collective_axes=collective_axes)
     if policy is None or interpreted:
         return
-    tiling, swizzle = swizzled(target.shape, target.dtype, rank=len(target.shape)).transforms
+    kind = operand(target)
+    tiling, swizzle = kind.transforms
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType((tiling, swizzle)),))
+    @plgpu.inline_mgpu(arg_types=(kind,))
     def give_policy(context, target):
         block = ir.InsertionPoint.current.block
         load = _last(block.owner.operation.block, _LOAD)
@@ -98,7 +99,7 @@ def _say_that_nothing_was_given() -> None:
 
 
 def _give_operation(copy: Any, hint: ir.Value) -> Any:
-    """As jax 0.10 and 0.11 make it."""
+    """As jax 0.11 makes it."""
     operands, parts = list(copy.operands), []
     for size in copy.attributes["operandSegmentSizes"]:
         parts.append(operands[:size])

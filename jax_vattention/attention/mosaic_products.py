@@ -19,16 +19,12 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_vattention.attention.mosaic_view import operand
+
 _WGMMA = plgpu.Layout.WGMMA
 _SWIZZLE = 128
 _TURN = 8
 """The first named barrier of the turns: 0 is that of a block, those from 1 on are of its warpgroups."""
-
-
-def _operand(dtype: Any) -> Any:
-    """A tile in shared memory as `mosaic_view.swizzled` makes it."""
-    tiling = plgpu.TilingTransform((8, _SWIZZLE // jnp.dtype(dtype).itemsize))
-    return plgpu.RefType((tiling, plgpu.SwizzleTransform(_SWIZZLE)))
 
 
 def _array(shape, dtype) -> Any:
@@ -42,7 +38,7 @@ def begin_scores(q, k, acc, weights, *, interpreted: bool):
         return _product(q, k.transpose((1, 0)), shape), acc, weights
 
     @plgpu.inline_mgpu(
-        arg_types=(_operand(q.dtype), _operand(k.dtype), _WGMMA, _WGMMA),
+        arg_types=(operand(q), operand(k), _WGMMA, _WGMMA),
         return_type=(_array(shape, jnp.float32), _array(acc.shape, acc.dtype), _array(weights.shape, weights.dtype)),
     )
     def begin(_, q, k, acc, weights):
@@ -76,7 +72,7 @@ def begin_sum(acc, weights, v, *, interpreted: bool):
     if interpreted:
         return acc + _product(weights, v, acc.shape)
 
-    @plgpu.inline_mgpu(arg_types=(_WGMMA, _WGMMA, _operand(v.dtype)), return_type=_array(acc.shape, acc.dtype))
+    @plgpu.inline_mgpu(arg_types=(_WGMMA, _WGMMA, operand(v)), return_type=_array(acc.shape, acc.dtype))
     def begin(_, acc, weights, v):
         sums = mgpu.WGMMAAccumulator.from_registers(acc, sync=False)
         sums = mgpu.wgmma(sums, weights, v, swizzle=_SWIZZLE)

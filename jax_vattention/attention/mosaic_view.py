@@ -117,6 +117,11 @@ def swizzled(sizes: tuple[int, ...], dtype: Any, together: int | None = None, *,
     return plgpu.SMEM(sizes, dtype, transforms=(plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle)))
 
 
+def operand(tile) -> Any:
+    """The type of a tile that is as `swizzled` makes it, in all of its dimensions, for what is inlined in a kernel."""
+    return plgpu.RefType(swizzled(tile.shape, tile.dtype, rank=len(tile.shape)).transforms)
+
+
 def pass_on(order, order_out, block) -> None:
     """The first block copies the order token."""
 
