@@ -331,11 +331,12 @@ class ManagerModel(RuleBasedStateMachine):
 
     @rule(tokens=st.integers(1, 40), out_of_memory=st.booleans())
     def break_background(self, tokens: int, out_of_memory: bool) -> None:
-        """What is mapped ahead fails."""
+        """What is mapped ahead fails. Who needs it hears of it, unless memory was short, for it may not be any more."""
         self.manager.sync()
         self.break_driver(0, 1, out_of_memory)
         self.step([], False, tokens, late=False)
         self.mend_driver()
+        self.step([tokens] * SLOTS, False, None, late=False)
 
     @rule()
     def mend_driver(self) -> None:
@@ -508,7 +509,12 @@ def search(device: jax.Device, steps: int, seed: int) -> collections.Counter[str
 
 def test_the_manager_does_what_a_simple_model_says(device, caplog):
     caplog.set_level(logging.ERROR, "jax_vattention.manager")
-    seen = search(device, 10_000 if device.platform == "cpu" else 2_000, seed=1)
+    seen: collections.Counter[str] = collections.Counter()
+    for seed in range(1, 6):
+        # On a GPU what happens depends on its speed, too: on until everything has happened.
+        seen += search(device, 10_000 if device.platform == "cpu" else 2_000, seed)
+        if all(seen[name] for name in HAPPENS):
+            break
     for name in HAPPENS:
         assert seen[name] > 0, f"{name}: not once in {dict(seen)}"
 
