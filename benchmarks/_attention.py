@@ -14,6 +14,7 @@ import gc
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol, TypeVar, get_args
 
@@ -142,8 +143,11 @@ class _HasName(Protocol):
 
 _Named = TypeVar("_Named", bound=_HasName)
 
-Timer = Callable[[KVCacheManager, Work, Sequence[int], Sizes, float], Outcome]
-"""Times a way to read slots of a cache for so many seconds; free to raise."""
+Program = Callable[..., tuple[Any, jax.Array]]
+"""`attend(queries, cache, batch, layers=)`, which is to be jitted: results, and the order token."""
+
+Reader = Callable[[Work], Program]
+"""A way to read a cache: its program for some work."""
 
 Alternative = Callable[[Work, Sizes, float], Outcome]
 """Times another library for so many seconds; free to raise."""
@@ -328,7 +332,7 @@ def compare(
     rate: Callable[[Work, float], dict[str, float]],
     *,
     kv_dtypes: Sequence[str] = ("bfloat16",),
-    also: Mapping[str, Timer] | None = None,
+    also: Mapping[str, Reader] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each of `works` and each implementation: this package's in each layout, and those of others.
 
@@ -388,23 +392,31 @@ def time_ours(
     seconds: float,
     *,
     kv_dtype: str = "bfloat16",
-    also: Mapping[str, Timer] | None = None,
+    also: Mapping[str, Reader] | None = None,
     limit: Limit | None = None,
 ) -> dict[str, dict[str, Outcome]]:
     """Fills a cache for `work` and times calls of attention over parts of its requests, for each implementation."""
-    timers: dict[str, Timer] = {name: functools.partial(_time, name) for name in names}
-    timers |= also or {}
+    readers: dict[str, Reader] = {name: functools.partial(_reader, name) for name in names}
+    readers |= also or {}
     limit = limit or Limit(None)
-    found: dict[str, dict[str, Outcome]] = {name: {} for name in timers}
+    found: dict[str, dict[str, Outcome]] = {name: {} for name in readers}
 
     def fill_and_time() -> Outcome:
-        with manager_for(work, sizes, layout, kv_dtype) as manager:
+        with manager_for(work, sizes, layout, kv_dtype) as manager, futures.ThreadPoolExecutor() as pool:
+            arguments = {part: _abstract(manager, work.part(which), sizes) for part, which in parts.items()}
+            # All at once, while the cache is filled: a machine with a GPU is there to measure, not to compile.
+            programs = {
+                (name, part): pool.submit(_compiled, reader(work.part(which)), sizes.layers, arguments[part])
+                for name, reader in readers.items()
+                for part, which in parts.items()
+            }
             slots = fill(manager, work.kv_lens, sizes.layers)
-            for name, timer in timers.items():
-                for part, which in parts.items():
-                    action = functools.partial(timer, manager, work.part(which), slots[which], sizes, seconds)
-                    found[name][part] = limit.attempt(action)
-                    say(work.name, f"{name}, {layout} {part}".rstrip(), found[name][part])
+            futures.wait(programs.values())
+            for (name, part), program in programs.items():
+                which = parts[part]
+                action = functools.partial(_time, program, manager, work.part(which), slots[which], sizes, seconds)
+                found[name][part] = limit.attempt(action)
+                say(work.name, f"{name}, {layout} {part}".rstrip(), found[name][part])
         return Outcome(None)
 
     # Most likely too little memory, if anything: other rows need less.
@@ -478,24 +490,38 @@ def compiler_options() -> dict[str, Any] | None:
     return dict(GPU_COMPILER_OPTIONS) if jax.default_backend() == "gpu" else None
 
 
+def _reader(name: str, work: Work) -> Program:
+    del work  # any
+    return functools.partial(attend, implementation=name)
+
+
+def _abstract(manager: KVCacheManager, work: Work, sizes: Sizes) -> Any:
+    """What a program takes, without the arrays."""
+    cache = manager.step({})
+    queries = jax.ShapeDtypeStruct((work.num_queries, sizes.num_q_heads, sizes.head_dim), jnp.bfloat16)
+    arguments = (queries,) * sizes.chained, cache, work.batch(range(len(work.q_lens)))
+    abstract = jax.tree.map(lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype), arguments)
+    manager.finish(cache)
+    return abstract
+
+
+def _compiled(program: Program, layers: Sequence[int], arguments: Any) -> jax.stages.Compiled:
+    jitted = jax.jit(functools.partial(program, layers=layers), compiler_options=compiler_options())
+    return jitted.lower(*arguments).compile()
+
+
 def _time(
-    name: str, manager: KVCacheManager, work: Work, slots: Sequence[int], sizes: Sizes, seconds: float
-) -> Outcome:
-    return time_program(functools.partial(attend, implementation=name), manager, work, slots, sizes, seconds)
-
-
-def time_program(
-    attend: Callable[..., Any],
+    compiled: futures.Future[jax.stages.Compiled],
     manager: KVCacheManager,
     work: Work,
     slots: Sequence[int],
     sizes: Sizes,
     seconds: float,
 ) -> Outcome:
-    """Times `attend(queries, cache, batch, layers=)`, which is to be jitted, over slots that have been filled."""
+    """Times a program over slots that have been filled; raises what compiling it raised."""
+    program = compiled.result()
     batch = work.batch(slots)
     queries = random_arrays(sizes.chained, (work.num_queries, sizes.num_q_heads, sizes.head_dim), seed=1)
-    program = jax.jit(functools.partial(attend, layers=sizes.layers), compiler_options=compiler_options())
     cache = manager.step({})
     timing = back_to_back(lambda: program(queries, cache, batch), jax.block_until_ready, seconds=seconds)
     manager.finish(program(queries, cache, batch)[1])

@@ -9,17 +9,16 @@ import argparse
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _alternatives, _attention, _ceilings, _machine
-from benchmarks._attention import Alternative, Outcome, Timer, Work
+from benchmarks._attention import Alternative, Program, Reader, Work
 from benchmarks._replay import Trace
 from benchmarks._report import Column, Report, Table
-from jax_vattention import KVCache, KVCacheManager, RaggedBatch
+from jax_vattention import KVCache, RaggedBatch
 from jax_vattention.attention import mosaic_decode
 from jax_vattention.attention.decode_split import GRAIN
 
@@ -78,12 +77,11 @@ def attend_paged(
     return _attention.attend_through(kernel, queries, cache, batch, layers=layers)
 
 
-def _time_paged(manager: KVCacheManager, work: Work, *rest: Any) -> Outcome:
-    attend = functools.partial(attend_paged, lengths=work.kv_lens)
-    return _attention.time_program(attend, manager, work, *rest)
+def _paged(work: Work) -> Program:
+    return functools.partial(attend_paged, lengths=work.kv_lens)
 
 
-_ALSO: dict[str, Timer] = {f"mosaic through a block table of {GRAIN} tokens": _time_paged}
+_ALSO: dict[str, Reader] = {f"mosaic through a block table of {GRAIN} tokens": _paged}
 
 
 def run(arguments: argparse.Namespace) -> Report:

@@ -123,24 +123,24 @@ def _measured(
 ) -> list[tuple[dict[str, Any], list[Outcome]]]:
     """Each candidate and its outcome on each shape."""
     default = kernel.default(sizes.head_dim, kv_dtype)
-    timers = {
-        json.dumps(fields): _timer(kernel.module, dataclasses.replace(default, **fields))
+    readers = {
+        json.dumps(fields): _reader(kernel.module, dataclasses.replace(default, **fields))
         for fields in kernel.candidates(default)
     }
-    found: dict[str, list[Outcome]] = {name: [] for name in timers}
+    found: dict[str, list[Outcome]] = {name: [] for name in readers}
     for work in kernel.works:
         part = {"": slice(None)}
         outcomes = _attention.time_ours(
-            _WORKS[work], part, sizes, "token_major", (), seconds, kv_dtype=kv_dtype, also=timers, limit=limit
+            _WORKS[work], part, sizes, "token_major", (), seconds, kv_dtype=kv_dtype, also=readers, limit=limit
         )
-        for name in timers:
+        for name in readers:
             found[name].append(outcomes[name][""])
     return [(json.loads(name), outcomes) for name, outcomes in found.items()]
 
 
-def _timer(module: ModuleType, tiling: Any) -> _attention.Timer:
+def _reader(module: ModuleType, tiling: Any) -> _attention.Reader:
     kernel = functools.partial(module.run, tiling=tiling)
-    return functools.partial(_attention.time_program, functools.partial(_attention.attend_through, kernel))
+    return lambda work: functools.partial(_attention.attend_through, kernel)
 
 
 def compared(found: Sequence[tuple[dict[str, Any], Sequence[Outcome]]]) -> list[dict[str, Any]]:
