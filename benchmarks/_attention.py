@@ -403,18 +403,18 @@ def time_ours(
 
     def fill_and_time() -> Outcome:
         with manager_for(work, sizes, layout, kv_dtype) as manager, futures.ThreadPoolExecutor() as pool:
-            arguments = {part: _abstract(manager, work.part(which), sizes) for part, which in parts.items()}
+            works = {part: work.part(which) for part, which in parts.items()}
+            arguments = _abstract(manager, works, sizes)
             # All at once, while the cache is filled: a machine with a GPU is there to measure, not to compile.
             programs = {
-                (name, part): pool.submit(_compiled, reader(work.part(which)), sizes.layers, arguments[part])
+                (name, part): pool.submit(_compiled, reader(works[part]), sizes.layers, arguments[part])
                 for name, reader in readers.items()
-                for part, which in parts.items()
+                for part in parts
             }
             slots = fill(manager, work.kv_lens, sizes.layers)
             futures.wait(programs.values())
             for (name, part), program in programs.items():
-                which = parts[part]
-                action = functools.partial(_time, program, manager, work.part(which), slots[which], sizes, seconds)
+                action = functools.partial(_time, program, manager, works[part], slots[parts[part]], sizes, seconds)
                 found[name][part] = limit.attempt(action)
                 say(work.name, f"{name}, {layout} {part}".rstrip(), found[name][part])
         return Outcome(None)
@@ -495,11 +495,13 @@ def _reader(name: str, work: Work) -> Program:
     return functools.partial(attend, implementation=name)
 
 
-def _abstract(manager: KVCacheManager, work: Work, sizes: Sizes) -> Any:
-    """What a program takes, without the arrays."""
+def _abstract(manager: KVCacheManager, works: Mapping[str, Work], sizes: Sizes) -> dict[str, Any]:
+    """What a program takes for each of `works`, without the arrays: an error that compiling raises keeps none alive."""
     cache = manager.step({})
-    queries = jax.ShapeDtypeStruct((work.num_queries, sizes.num_q_heads, sizes.head_dim), jnp.bfloat16)
-    arguments = (queries,) * sizes.chained, cache, work.batch(range(len(work.q_lens)))
+    arguments = {}
+    for name, work in works.items():
+        queries = jax.ShapeDtypeStruct((work.num_queries, sizes.num_q_heads, sizes.head_dim), jnp.bfloat16)
+        arguments[name] = (queries,) * sizes.chained, cache, work.batch(range(len(work.q_lens)))
     abstract = jax.tree.map(lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype), arguments)
     manager.finish(cache)
     return abstract

@@ -510,9 +510,9 @@ def search(device: jax.Device, steps: int, seed: int) -> collections.Counter[str
 def test_the_manager_does_what_a_simple_model_says(device, caplog):
     caplog.set_level(logging.ERROR, "jax_vattention.manager")
     seen: collections.Counter[str] = collections.Counter()
-    for seed in range(1, 6):
-        # On a GPU what happens depends on its speed, too: on until everything has happened.
-        seen += search(device, 10_000 if device.platform == "cpu" else 2_000, seed)
+    # On a GPU what happens depends on its speed, too: there on until everything has happened.
+    for seed, steps in enumerate([10_000] if device.platform == "cpu" else [2_000] * 5, start=1):
+        seen += search(device, steps, seed)
         if all(seen[name] for name in HAPPENS):
             break
     for name in HAPPENS:
