@@ -52,7 +52,7 @@ KERNELS = {
     "mosaic_decode": Kernel(
         mosaic_decode,
         decode_shape.default_tiling,
-        {"block_k": (64, 128), "stages": (2, 3), "streams": (1, 2), "together": (1, 8)},
+        {"block_k": (64, 128), "stages": (2, 3), "behind": (0, 1), "streams": (1, 2), "together": (1, 8)},
         ("8x16384", "256x1024"),
         (64, 96, 128, 192, 256),
         ("bfloat16", "float8_e4m3fn"),

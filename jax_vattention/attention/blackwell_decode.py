@@ -84,7 +84,7 @@ class Tcgen05(mosaic_decode.Products):
         width = Tcgen05.width(head_dim)
         of_scores, of_sums = math.gcd(block_k // 2, head_dim), math.gcd(width // 2, block_k)
         k, v = ("k_wide", "v_wide") if shape.quantized else ("k_smem", "v_smem")
-        stages, tile = ((), (block_k, head_dim)) if shape.quantized else ((shape.tiling.stages,), shape.tile)
+        stages, tile = ((), (block_k, head_dim)) if shape.quantized else ((shape.stages,), shape.tile)
         return {
             "q_smem": swizzled((streams, 2, ROWS, head_dim), dtype, of_scores),
             k: swizzled((streams, *stages, *tile), dtype, of_scores, rank=len(tile)),

@@ -28,12 +28,14 @@ _SHORT = 256
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """What may be tuned: shared memory holds `block_k * stages` tokens of K and V for each of the streams."""
+    """What may be tuned: shared memory holds `stages + behind` tiles of K and V for each of the streams."""
 
     block_k: int = 64
     """Rows of a tile of K or V: a row is one head of a token."""
     stages: int = 2
     """Tiles of a stream that are in flight or being read."""
+    behind: int = 0
+    """More of them, of a stream that is slower than the others (see `mosaic_pace`)."""
     streams: int = 1
     """Of a block."""
     blocks: int = _BLOCKS
@@ -53,12 +55,14 @@ def default_tiling(head_dim: int, kv_dtype: Any, pairs: int | None = None) -> Ti
       pairs: of a KV head and a request, if they are known.
     """
     itemsize = jnp.dtype(kv_dtype).itemsize
+    # Of the longest rows three tiles do not fit.
+    behind = int(head_dim * itemsize < 2 * _SHORT)
     if head_dim * itemsize >= _SHORT:
-        return Tiling()
+        return Tiling(behind=behind)
     # Where streams share few pairs, there is much to join of a set of heads; of one head it is little.
     apart = pairs is not None and pairs <= _BLOCKS and itemsize == 1 and head_dim >= 128
     # As many bytes in a tile as of rows that are not short.
-    return Tiling(block_k=128 if head_dim <= 128 else 64, together=1 if apart else BOX)
+    return Tiling(block_k=128 if head_dim <= 128 else 64, together=1 if apart else BOX, behind=behind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +98,8 @@ class Shape(CommonShape):
         interpret: Any = False,
     ) -> Shape:
         """Those of a kernel for these arguments."""
+        if _kernels_overlap():  # where nothing is to be counted in a table that they share
+            tiling = dataclasses.replace(tiling, behind=0)
         return cls(
             **cls.common(q, view, features, scale=scale, interpret=interpret),
             num_kv_heads=view.num_kv_heads,
@@ -222,6 +228,11 @@ class Shape(CommonShape):
     def streams(self) -> int:
         """Of all blocks."""
         return self.tiling.blocks * self.tiling.streams
+
+    @property
+    def stages(self) -> int:
+        """Tiles of K or V that shared memory holds for a stream."""
+        return self.tiling.stages + self.tiling.behind
 
     @property
     def joins(self) -> bool:

@@ -45,7 +45,7 @@ _THEN = 4
 TOKEN, ROW, QUERIES, LENGTH, LOWER, PREFIX, OUT = range(7)
 # Columns of `Split.streams`; from `FIRST_REQUEST` on those of `Split.requests`.
 FIRST_PAIR, FIRST_KEY, NUM_UNITS, NUM_PAIRS, ALL_UNITS, FIRST_REQUEST = range(6)
-FIRST_FROM, FIRST_TO, LAST_TO, ARRIVED = range(FIRST_REQUEST + OUT + 1, 16)
+FIRST_FROM, FIRST_TO, LAST_TO, ARRIVED, PROGRESS = range(FIRST_REQUEST + OUT + 1, 17)
 # Columns of `Split.owners`.
 OWNER, QUERY, _START, OWNED_UNITS = range(4)
 
@@ -61,10 +61,11 @@ class Split:
     """int32 `[requests, 8]`: first query token, row of token 0 in the view, queries, keys (0 without queries), the
     first key that its first query sees, the length of its bidirectional prefix, and the first row of its result."""
     streams: jax.Array
-    """int32 `[streams, 16]`: first pair, first key of it, units, pairs, the units of all requests of one set, and what
+    """int32 `[streams, 17]`: first pair, first key of it, units, pairs, the units of all requests of one set, and what
     `requests` says of the first pair's: to begin, a stream reads one row. Then the first and the last stream that have
     keys of the first pair, the last one that has keys of its last pair, and 0: in a kernel it is the number of streams
-    that are done with the pair whose first stream this is, if it has others; the last of them sets it to 0 again."""
+    that are done with the pair whose first stream this is, if it has others; the last of them sets it to 0 again. Then
+    0 once more: in a kernel the first row says how far all streams together are (see `mosaic_pace`)."""
     owners: jax.Array
     """int32 `[tokens, 4]`: the request whose query a token is, or -1; which of its queries; units of one set before
     that request; and its own units."""
@@ -102,7 +103,7 @@ def split(
         functools.partial(_schedule_kernel, chunk=chunk, sets=sets, slot_tokens=slot_tokens, window=view.window),
         out_shape=[
             jax.ShapeDtypeStruct((batch.num_requests, 8), jnp.int32),
-            jax.ShapeDtypeStruct((streams, 16), jnp.int32),
+            jax.ShapeDtypeStruct((streams, PROGRESS + 1), jnp.int32),
             jax.ShapeDtypeStruct((tokens, 4), jnp.int32),
         ],
         grid=(pl.cdiv(max(streams, tokens), chunk),),
@@ -172,8 +173,8 @@ def _schedule_kernel(
     all_units = jnp.broadcast_to(total, line.shape)
     first_request = rows[None, :] == (first % count)[:, None]
     of_first = (picked(first_request, values) for values in of_requests)
-    nobody = jnp.zeros_like(line)
-    for column, values in enumerate((first, key, own, pairs, all_units, *of_first, *first_streams, last_to, nobody)):
+    counters = jnp.zeros_like(line), jnp.zeros_like(line)
+    for column, values in enumerate((first, key, own, pairs, all_units, *of_first, *first_streams, last_to, *counters)):
         triton.store(streams.at[line, column], values, mask=line < streams.shape[0])
 
     owned = (line[:, None] >= starts[None, :]) & (line[:, None] < (starts + queries)[None, :]) & there[None, :]

@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention import decode_split, float8_queries, mosaic_copy, mosaic_join
+from jax_vattention.attention import decode_split, float8_queries, mosaic_copy, mosaic_join, mosaic_pace
 from jax_vattention.attention.decode_shape import Shape, Tiling, default_tiling
 from jax_vattention.attention.decode_split import GRAIN, Piece, Request, SharedPair, Work
 from jax_vattention.attention.features import Features
@@ -207,7 +207,7 @@ def run(
 
 def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> dict[str, Any]:
     """Shared memory of a block, for each stream."""
-    streams, stages, block_k = shape.tiling.streams, shape.tiling.stages, shape.tiling.block_k
+    streams, stages, block_k = shape.tiling.streams, shape.stages, shape.tiling.block_k
 
     def tiles(*sizes: int, dtype: Any = dtype):
         return swizzled((streams, *sizes), dtype)
@@ -296,16 +296,33 @@ def _decode(
         multiply(shape, local, work, products, refs, scratch)
 
 
+class _Progress(NamedTuple):
+    """Of the warpgroup that copies: tiles, the first ones of them whose memory others can have, keys, and how many
+    tiles may be under way."""
+
+    tiles: jax.Array
+    free: jax.Array
+    keys: jax.Array
+    depth: jax.Array
+
+
 def copy(
     shape: Shape, local, work: Work, layer, k_ref, v_ref, pages, *, k_smem, v_smem, k_ready, v_ready, k_tail_ready,
     v_tail_ready, k_free, v_free, **_,
 ):  # fmt: skip
     """The warpgroup that copies K and V for the stream with this number in its block."""
-    tokens, stages = shape.tile_tokens, shape.tiling.stages
+    tokens, stages = shape.tile_tokens, shape.stages
     sides = (
         (k_ref, k_smem, k_ready, k_tail_ready, k_free),
         (v_ref, v_smem, v_ready, v_tail_ready, v_free),
     )
+
+    def wait_until_free(free, first, end):
+        def wait(tile, nothing):
+            plgpu.barrier_wait(free.at[local * stages + lax.rem(tile, stages)])
+            return nothing
+
+        lax.fori_loop(first, end, wait, None)
 
     def place(piece: Piece, token):
         """Where in its slot a token is."""
@@ -313,20 +330,18 @@ def copy(
             return token
         return pages[piece.request, lax.div(token, GRAIN)] * GRAIN + lax.rem(token, GRAIN)
 
-    def piece(piece: Piece, count):
+    def piece(piece: Piece, state: _Progress):
         base, columns = piece.of.row, (layer, layer + shape.v_column)
 
-        def tile(tile, count, *, tail: bool):
-            stage = lax.rem(count, stages)
+        def tile(tile, state: _Progress, *, tail: bool):
+            # Fewer than `depth` are under way then. It may have become less, but the wait for a tile is behind us.
+            end = jnp.maximum(state.tiles - state.depth + 1, state.free)
+            stage = lax.rem(state.tiles, stages)
             barrier = local * stages + stage
             token = piece.first + tile * tokens
             for column, (ref, smem, ready, tail_ready, free) in zip(columns, sides, strict=True):
                 smem = smem.at[local, stage]
-
-                @pl.when(count >= stages)
-                def _(free=free):
-                    plgpu.barrier_wait(free.at[barrier])
-
+                wait_until_free(free, state.free, end)
                 size = BOX if tail else tokens // shape.copies
                 for part in range(0, tokens, size):
                     begin = token + part
@@ -334,20 +349,20 @@ def copy(
                         begin = jnp.where(begin < piece.end, begin, token)
                     arrived = (tail_ready if tail else ready).at[barrier]
                     _copy(shape, ref, base + place(piece, begin), column, piece.head, smem, part, size, arrived)
-            return count + 1
+            keys, depth = state.keys + (piece.end - token if tail else tokens), state.depth
+            if shape.tiling.behind:
+                depth = mosaic_pace.depth(shape, work.streams, state.keys, keys, depth)
+            return _Progress(state.tiles + 1, end, keys, depth)
 
         whole = piece.whole_tiles(tokens)
-        count = lax.fori_loop(0, whole, functools.partial(tile, tail=False), count)
-        return lax.fori_loop(whole, piece.tiles(tokens), functools.partial(tile, tail=True), count)
+        state = lax.fori_loop(0, whole, functools.partial(tile, tail=False), state)
+        return lax.fori_loop(whole, piece.tiles(tokens), functools.partial(tile, tail=True), state)
 
-    count = work.each_piece(piece, jnp.int32(0))
-
-    def drain(tile, _):
-        barrier = local * stages + lax.rem(tile, stages)
-        plgpu.barrier_wait(k_free.at[barrier])
-        plgpu.barrier_wait(v_free.at[barrier])
-
-    lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
+    state = work.each_piece(piece, _Progress(*map(jnp.int32, (0, 0, 0, shape.tiling.stages))))
+    if shape.tiling.behind:
+        mosaic_pace.end(shape, work.streams)
+    for free in (k_free, v_free):
+        wait_until_free(free, state.free, state.tiles)
 
 
 def _copy(shape: Shape, ref, row, column, head, smem, part: int, size: int, ready) -> None:
@@ -493,8 +508,8 @@ class _Computing:
             # The second eights of rows hold nothing. What is the same as in the first ones is computed once.
             again = functools.partial(repeat_eights, interpreted=shape.interpreted)
             state = state._replace(maximum=again(state.maximum), total=again(state.total))
-        stage = lax.rem(state.tiles, shape.tiling.stages)
-        barrier = self.local * shape.tiling.stages + stage
+        stage = lax.rem(state.tiles, shape.stages)
+        barrier = self.local * shape.stages + stage
         k, v = (as_rows(each.at[stage]) for each in (self.k, self.v))
         first = piece.first + tile * shape.tile_tokens
         _wait(*self.k_ready, barrier, tile >= whole, masked)

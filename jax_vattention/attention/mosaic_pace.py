@@ -1,0 +1,107 @@
+"""How the streams of a decode kernel are kept at one pace: Hopper GPUs.
+
+A GPU does not serve its multiprocessors equally while memory is busy, and a kernel is over when its slowest stream is.
+Shares cannot follow that, for results are to depend on the batch alone. So streams count together how far they are, and
+who is behind most of the others has more copies under way from then on. Nobody waits. Were all to have more of them,
+all would be slower.
+
+They count in the first row of `Split.streams`, as `mosaic_join` does and on the same terms: before a kernel and after
+it the counter is 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, llvm
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jax_vattention.attention.decode_shape import Shape
+from jax_vattention.attention.decode_split import PROGRESS
+
+_TILES = 4
+"""From one mark to the next, of which a stream counts each that it comes to."""
+_OTHERS = 0.9
+"""Of all streams: who comes to a mark after so many of them is behind."""
+_OVER = 2**20
+"""What a stream counts in the end: more than all marks."""
+_THREADS = 128
+"""Of a warpgroup."""
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+def depth(shape: Shape, streams, before: jax.Array, after: jax.Array, now: jax.Array) -> jax.Array:
+    """How many tiles a stream may have under way that had copied `before` keys, and now `after`.
+
+    To be called by all threads of the warpgroup that copies.
+
+    Args:
+      streams: see `Split.streams`.
+      now: what it was before.
+    """
+    step, tiling = _TILES * shape.tile_tokens, shape.tiling
+    mark = lax.div(after, step)
+    is_mark = lax.div(before, step) < mark
+    if shape.interpreted:  # which knows no counters: behind at every other mark
+        behind = lax.rem(mark, 2) == 1
+    else:
+        found = _count(streams, is_mark.astype(jnp.int32))
+        behind = found >= (mark - 1) * shape.streams + int(_OTHERS * shape.streams)
+    return jnp.where(is_mark, tiling.stages + tiling.behind * behind.astype(jnp.int32), now)
+
+
+def _count(streams, is_mark: jax.Array) -> jax.Array:
+    """Counts 1 at a mark, and returns what all streams have counted; not exactly, for nothing is waited for."""
+    found = plgpu.ShapeDtypeStruct((), jnp.int32, _SCALAR)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=found)
+    def count(_, streams, is_mark):
+        asm = """{ .reg .pred p, q;
+            mov.s32 $0, 0;
+            setp.ne.s32 p, $2, 0;
+            setp.eq.and.s32 q, $3, 0, p;
+            @q red.relaxed.gpu.global.add.s32 [$1], 1;
+            @p ld.relaxed.gpu.global.s32 $0, [$1]; }"""
+        counted = _assemble(asm, "=&r,l,r,r", _counter(streams), is_mark.registers.item(), _thread())
+        return mgpu.FragmentedArray.splat(counted, (), is_signed=True)
+
+    return count(streams, is_mark)
+
+
+def end(shape: Shape, streams) -> None:
+    """Counts a stream as done; the last one leaves the counter at 0, for the next kernel."""
+    if shape.interpreted:
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def add(_, streams):
+        asm = f"""{{ .reg .pred p, q; .reg .s32 before;
+            mov.s32 $0, 0;
+            mov.s32 before, 0;
+            setp.eq.s32 p, $2, 0;
+            @p atom.relaxed.gpu.global.add.s32 before, [$1], {_OVER};
+            setp.ge.and.s32 q, before, {(shape.streams - 1) * _OVER}, p;
+            @q st.relaxed.gpu.global.s32 [$1], 0; }}"""
+        _assemble(asm, "=&r,l,r", _counter(streams), _thread())
+
+    add(streams)
+
+
+def _counter(streams) -> ir.Value:
+    return mgpu.utils.memref_ptr(mgpu.memref_slice(streams, (0, PROGRESS)))
+
+
+def _thread() -> ir.Value:
+    """Its number in the warpgroup."""
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.remui(mgpu.thread_idx(), mgpu.c(_THREADS, i32))
+
+
+def _assemble(asm: str, constraints: str, *operands: ir.Value) -> Any:
+    """Inline assembly whose result, `$0`, is an int32."""
+    return llvm.inline_asm(ir.IntegerType.get_signless(32), operands, asm, constraints, has_side_effects=True)
