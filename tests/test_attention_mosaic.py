@@ -1,5 +1,6 @@
 """The Hopper kernel, in Pallas' interpreter and on the GPU, by the cases and the reference of test_attention.py."""
 
+import dataclasses
 import types
 
 import jax
@@ -16,9 +17,11 @@ from mosaic_interpreter import interpreter
 from jax_vattention import KVCacheSpec, LayerGroup, attention
 from jax_vattention.attention import (
     decode_shape,
+    decode_split,
     float8_queries,
     mosaic_decode,
     mosaic_mixed,
+    mosaic_pace,
     mosaic_prefill,
     pallas_mosaic,
 )
@@ -58,13 +61,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
         ([70, 150], {"dtype": "float8_e4m3fn", "group": 2, "queries": [3, 1], "head_dim": 128, "window": 60}),
         ([40, 17], {"kv_heads": 8, "paged": True}),
         ([40, 17], {"kv_heads": 8, "together": 1}),
+        # Streams that may have more tiles under way, and fewer again: at every mark the interpreter says the other.
+        ([700, 5, 420], {"behind": 1, "blocks": 1}),
+        ([300, 411], {"behind": 2, "stages": 1, "kv_heads": 8, "dtype": "float8_e4m3fn"}),
     ],
     ids=str,
 )
 def test_in_the_interpreter(lengths, options):
     options = {"blocks": 2, "together": 8} | options
-    sizes = {name: options.pop(name) for name in ("blocks", "streams", "block_k", "together") if name in options}
-    check_decode(mosaic_decode.run, lengths, tiling=decode_shape.Tiling(**sizes), **options)
+    fields = {field.name for field in dataclasses.fields(decode_shape.Tiling)}
+    tiling = decode_shape.Tiling(**{name: options[name] for name in options.keys() & fields})
+    options = {name: options[name] for name in options.keys() - fields}
+    check_decode(mosaic_decode.run, lengths, tiling=tiling, **options)
 
 
 def split_queries(twice, interpret):
@@ -211,6 +219,51 @@ def test_one_schedule_serves_several_layers():
     suite.compare(first, q, contents, list(contents), [1] * len(lengths), 1, spec, None)
     for other in others:
         np.testing.assert_array_equal(other, first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_pace_changes_no_result(monkeypatch, dtype):
+    """Streams count how far they are, and leave the counter at 0."""
+    if pallas_mosaic.target() != "9.0":
+        pytest.skip("no Hopper GPU")
+    rng, lengths = np.random.default_rng(0), [6000, 3000, 1]
+    spec = KVCacheSpec(1, 8, 128, len(lengths), 6144, dtype)
+    scales = np.full((1, 2, 8), 0.05, np.float32) if spec.quantized else None
+    contents = {slot: suite.random_kv(rng, spec, length, scales) for slot, length in enumerate(lengths)}
+    cache = plain_cache(spec, contents, kv_scales=scales)
+    q = jnp.asarray(rng.standard_normal((len(lengths), 32, 128)), jnp.bfloat16)
+    batch = suite.make_batch(range(len(lengths)), [1] * len(lengths), lengths)
+    default = decode_shape.default_tiling(128, spec.dtype, len(lengths) * 8)
+    split, tables = decode_split.split, []
+
+    def remembered(*args, **options):
+        tables.append(split(*args, **options))
+        return tables[-1]
+
+    monkeypatch.setattr(decode_split, "split", remembered)
+
+    def outcome(behind):
+        def program(q, cache, batch):
+            tiling = dataclasses.replace(default, behind=behind)
+            out, _ = mosaic_decode.run(q, cache.layer_view(0), cache.order, batch, Features(), scale=0.1, tiling=tiling)
+            return out.astype(jnp.float32), tables.pop().streams
+
+        out, streams = map(np.asarray, jax.jit(program)(q, cache, batch))
+        assert not streams[:, decode_split.ARRIVED].any()
+        return out, streams[:, decode_split.PROGRESS]
+
+    (without, nothing), (paced, after) = outcome(0), outcome(1)
+    np.testing.assert_array_equal(paced, without)
+    assert not nothing.any()
+    assert not after.any()
+    monkeypatch.setattr(mosaic_pace, "end", lambda *_: None)
+    again, counted = outcome(1)
+    np.testing.assert_array_equal(again, without)
+    step = 256  # keys: four tiles of 64, or two of 128
+    shares = 8 * sum(-(-length // decode_split.GRAIN) for length in lengths) * decode_split.GRAIN / default.blocks
+    assert counted[0] == pytest.approx(default.blocks * (shares // step), rel=0.2)
+    assert not counted[1:].any()
 
 
 # Prefill
