@@ -29,7 +29,7 @@ _TILES, _OTHERS = 4, 0.9
 after so many of them is behind."""
 _FLOAT8_TILES, _FLOAT8_OTHERS = 2, 0.8
 """The same, where tiles take longer to multiply."""
-_OVER = 2**20
+_OVER = 2**22
 """What a stream counts in the end: more than all marks."""
 _THREADS = 128
 """Of a warpgroup."""
