@@ -334,7 +334,7 @@ def copy(
         base, columns = piece.of.row, (layer, layer + shape.v_column)
 
         def tile(tile, state: _Progress, *, tail: bool):
-            # Fewer than `depth` are under way then. It may have become less, but the wait for a tile is behind us.
+            # With this one at most `depth` are under way. Where that has grown, there is nothing to wait for.
             end = jnp.maximum(state.tiles - state.depth + 1, state.free)
             stage = lax.rem(state.tiles, stages)
             barrier = local * stages + stage

@@ -58,7 +58,11 @@ def depth(shape: Shape, streams, before: jax.Array, after: jax.Array, now: jax.A
 
 
 def _count(streams, is_mark: jax.Array) -> jax.Array:
-    """Counts 1 at a mark, and returns what all streams have counted; not exactly, for nothing is waited for."""
+    """Counts 1 at a mark, and returns what all streams have counted; not exactly, for nothing is waited for.
+
+    Warps may find different numbers, and so take different numbers of tiles for their limit. Each waits for itself, and
+    what counts is the one that issues the copies.
+    """
     found = plgpu.ShapeDtypeStruct((), jnp.int32, _SCALAR)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=found)
