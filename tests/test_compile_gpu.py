@@ -312,6 +312,25 @@ def test_float8_decode_on_hopper(head_dim, kv_heads):
     assert len(mosaic_kernels(each)) == (2 if jax.__version_info__ >= (0, 11) else 0)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "kv_heads", "max_q_len"),
+    [
+        (jnp.bfloat16, 192, 8, 1),
+        (jnp.bfloat16, 192, 8, 4),
+        (jnp.float16, 256, 8, 4),
+        (jnp.float8_e4m3fn, 192, 8, 4),
+        (jnp.float8_e4m3fn, 256, 1, 2),
+    ],
+    ids=lambda each: getattr(each, "__name__", each),
+)
+def test_most_shared_memory_of_a_decode_fits(dtype, head_dim, kv_heads, max_q_len):
+    """Long rows, and float8 keys that are widened because their queries leave no rows for a second number."""
+    spec = llama_spec(dtype=dtype, head_dim=head_dim, kv_heads=kv_heads)
+    q = jax.ShapeDtypeStruct((REQUESTS * max_q_len, Q_HEADS, head_dim), jnp.bfloat16 if spec.quantized else dtype)
+    each = compile_for("h100", straight, q, abstract_cache(spec), int32(), abstract_batch(max_q_len))
+    assert len(mosaic_kernels(each)) == (2 if jax.__version_info__ >= (0, 11) else 0)
+
+
 @pytest.mark.parametrize(("target", "max_q_len"), [("a100", 1), ("h100", 512), ("b200", 1)])
 def test_float8(target, max_q_len):
     """Triton converts float8 itself on newer GPUs only; K and V are quantized by what would copy them anyway."""
