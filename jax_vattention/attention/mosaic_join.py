@@ -27,12 +27,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention.decode_split import ARRIVED, OWNED_UNITS, OWNER, QUERY, SharedPair, out_row
 from jax_vattention.attention.mosaic_products import issue
-from jax_vattention.attention.mosaic_view import BOX
+from jax_vattention.attention.mosaic_view import BOX, THREADS
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 _FENCE = "fence.acq_rel.gpu;"
-_THREADS = 128
-"""Of a warpgroup."""
 _WIDTH = 4
 """Columns that a thread reads at once: 16 bytes."""
 _AT_ONCE = 8
@@ -104,7 +102,7 @@ def join(parts, lse, out, *, segment, count, low, rows, token, head, group: int,
         index = ir.IndexType.get()
         segment, count, low, rows, token, head = (arith.index_cast(index, each.registers.item()) for each in scalars)
         of_row = mgpu.c(ir.MemRefType(parts.type).shape[2] // _WIDTH, index)
-        threads, size = mgpu.c(_THREADS, index), mgpu.c(group, index)
+        threads, size = mgpu.c(THREADS, index), mgpu.c(group, index)
         thread = arith.remui(arith.index_cast(index, mgpu.thread_idx()), threads)
         elements = arith.muli(rows, of_row)
         rounds = arith.ceildivsi(arith.subi(elements, thread), threads)
@@ -181,7 +179,7 @@ def fill(owners, requests, out, block, blocks: int, *, unowned: bool) -> None:
       out: `[tokens, num_q_heads, head_dim]`.
     """
     sizes = out.shape[1:]
-    layout = plgpu.Layout.WG_STRIDED(sizes, vec_size=math.gcd(math.prod(sizes) // _THREADS, 8))
+    layout = plgpu.Layout.WG_STRIDED(sizes, vec_size=math.gcd(math.prod(sizes) // THREADS, 8))
 
     def token(i, nothing):
         number = block + i * blocks

@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention.decode_shape import Shape
 from jax_vattention.attention.decode_split import PROGRESS
+from jax_vattention.attention.mosaic_view import THREADS
 
 _TILES, _OTHERS = 4, 0.9
 """From one mark to the next, of which a stream counts each that it comes to; and of all streams: who comes to a mark
@@ -31,8 +32,6 @@ _FLOAT8_TILES, _FLOAT8_OTHERS = 2, 0.8
 """The same, where tiles take longer to multiply."""
 _OVER = 2**22
 """What a stream counts in the end: more than all marks."""
-_THREADS = 128
-"""Of a warpgroup."""
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
@@ -105,7 +104,7 @@ def _counter(streams) -> ir.Value:
 def _thread() -> ir.Value:
     """Its number in the warpgroup."""
     i32 = ir.IntegerType.get_signless(32)
-    return arith.remui(mgpu.thread_idx(), mgpu.c(_THREADS, i32))
+    return arith.remui(mgpu.thread_idx(), mgpu.c(THREADS, i32))
 
 
 def _assemble(asm: str, constraints: str, *operands: ir.Value) -> Any:

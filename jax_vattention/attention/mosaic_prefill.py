@@ -59,6 +59,7 @@ from jax_vattention.attention.mosaic_softmax import (
 from jax_vattention.attention.mosaic_view import (
     BOX,
     ROWS,
+    THREADS,
     Columns,
     as_rows,
     part_of,
@@ -489,7 +490,7 @@ def fill_gaps(work: Work, gaps, num_gaps, out_ref, zero_smem) -> None:
 
     @pl.when(num_gaps > 0)
     def _():
-        layout = plgpu.Layout.WG_STRIDED(zero_smem.shape, vec_size=zero_smem.size // 128)
+        layout = plgpu.Layout.WG_STRIDED(zero_smem.shape, vec_size=zero_smem.size // THREADS)
         zero_smem[...] = plgpu.layout_cast(jnp.zeros(zero_smem.shape, zero_smem.dtype), layout)
         plgpu.commit_smem()
 

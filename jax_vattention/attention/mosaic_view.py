@@ -23,6 +23,8 @@ from jax_vattention.spec import KV_TAIL_TOKENS
 
 BLOCKS = 132
 """Multiprocessors of an H100 or H200; a block fills one."""
+THREADS = 128
+"""Of a warpgroup."""
 ROWS = 64
 """Of a `wgmma`."""
 BOX = KV_TAIL_TOKENS
