@@ -1,6 +1,7 @@
 """Tile sizes of the kernels for Hopper GPUs: the time of each candidate, as a share of that of the kernel's defaults.
 
-`--write` makes the fastest ones the rows of `jax_vattention/attention/tilings.json`, which the kernels look up.
+`--write` makes the fastest ones the rows of `jax_vattention/attention/tilings.json` for this kind of GPU, which the
+kernels look up.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from typing import Any, NamedTuple
 from benchmarks import _attention, _machine, decode, prefill
 from benchmarks._attention import Outcome, Sizes
 from benchmarks._report import Column, Report, Table
-from jax_vattention.attention import decode_shape, mosaic_decode, mosaic_prefill, tilings
+from jax_vattention.attention import decode_shape, mosaic_decode, mosaic_prefill, target, tilings
 
 FILE = Path(tilings.__file__).with_suffix(".json")
+_KEY = "kernel", "head_dim", "kv_dtype", "gpu"
+"""What a row is for; without a GPU it is for all that have no row of their own."""
 _LEAST_GAIN = 0.01
 """What a candidate has to be faster by than the defaults: less is noise."""
 
@@ -44,7 +47,8 @@ class Kernel(NamedTuple):
         yield own
         for values in itertools.product(*self.fields.values()):
             found = dict(zip(self.fields, values, strict=True))
-            if found != own:
+            no_marks = found.get("behind") == 0  # then their number says nothing
+            if found != own and not (no_marks and found["mark"] != own["mark"]):
                 yield found
 
 
@@ -52,7 +56,7 @@ KERNELS = {
     "mosaic_decode": Kernel(
         mosaic_decode,
         decode_shape.default_tiling,
-        {"block_k": (64, 128), "stages": (2, 3), "behind": (0, 1), "streams": (1, 2), "together": (1, 8)},
+        {"block_k": (64, 128), "stages": (2, 3), "behind": (0, 1), "mark": (2, 4, 8), "streams": (1, 2)},
         ("8x16384", "256x1024"),
         (64, 96, 128, 192, 256),
         ("bfloat16", "float8_e4m3fn"),
@@ -89,7 +93,7 @@ def run(arguments: argparse.Namespace) -> Report:
         layers = min(sizes.num_layers, sizes.num_layers * sizes.head_dim // head_dim)
         own_sizes = dataclasses.replace(sizes, head_dim=head_dim, num_layers=layers)
         found = _measured(KERNELS[name], own_sizes, kv_dtype, arguments.seconds, limit)
-        what = {"kernel": name, "head_dim": head_dim, "kv_dtype": kv_dtype}
+        what = {"kernel": name, "head_dim": head_dim, "kv_dtype": kv_dtype, "gpu": target.kind()}
         rows += [what | row for row in compared(found)]
     hardware, versions = _machine.hardware(), _machine.versions(_attention.PACKAGES)
     if arguments.write:
@@ -161,7 +165,7 @@ def compared(found: Sequence[tuple[dict[str, Any], Sequence[Outcome]]]) -> list[
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]], measured: str) -> None:
-    """Puts the best of `rows` in the place of what `path` says of the same kernels, head dims and dtypes.
+    """Puts the best of `rows` in the place of what `path` says of the same kernels, head dims, dtypes and GPU.
 
     What was not timed keeps its row.
     """
@@ -171,13 +175,13 @@ def write(path: Path, rows: Sequence[dict[str, Any]], measured: str) -> None:
         timed = list(group)
         best = timed[0] if timed[0]["time"] <= 1 - _LEAST_GAIN else next(row for row in timed if row["default"])
         tiling = {"tiling": json.loads(best["tiling"]), "time": round(best["time"], 3), "measured": measured}
-        kept[key] = {name: best[name] for name in ("kernel", "head_dim", "kv_dtype")} | tiling
+        kept[key] = {name: best[name] for name in _KEY} | tiling
     lines = ",\n".join(f"  {json.dumps(kept[key])}" for key in sorted(kept))
     path.write_text(f'{{\n "comment": {json.dumps(known["comment"])},\n "rows": [\n{lines}\n ]\n}}\n')
 
 
-def _key(row: dict[str, Any]) -> tuple[str, int, str]:
-    return row["kernel"], row["head_dim"], row["kv_dtype"]
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name, "") for name in _KEY)
 
 
 _COLUMNS = (

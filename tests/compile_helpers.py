@@ -51,22 +51,25 @@ def target_device(target: str):
     return device
 
 
-def compile_for(target: str, fn, *abstract_args, compiler_options=COMPILER_OPTIONS):
-    """`fn` compiled for a GPU of `TARGETS`. Arguments are pytrees of `jax.ShapeDtypeStruct` (or of arrays)."""
+def compile_for(target: str, fn, *abstract_args, compiler_options=COMPILER_OPTIONS, kind=None):
+    """`fn` compiled for a GPU of `TARGETS`. Arguments are pytrees of `jax.ShapeDtypeStruct` (or of arrays).
+
+    `kind` names another GPU of the same instructions and sizes, which programs are traced for.
+    """
     sharding = SingleDeviceSharding(target_device(target))
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_args)
     jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
-    with _abstract_gpu(target_device(target)):
+    with _abstract_gpu(kind or target_device(target).device_kind):
         lowered = jitted.lower(*args)
     return lowered.compile(compiler_options=compiler_options)
 
 
-def _abstract_gpu(device):
+def _abstract_gpu(kind: str):
     """Tells Pallas which GPU it lowers for; older versions of jax need no telling."""
     try:
         from jax.sharding import AbstractDevice
 
-        described = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform="cuda")
+        described = AbstractDevice(device_kind=kind, num_cores=None, platform="cuda")
     except (ImportError, TypeError):
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=described))

@@ -23,7 +23,7 @@ from jax_vattention.attention import (
     mosaic_mixed,
     mosaic_pace,
     mosaic_prefill,
-    pallas_mosaic,
+    target,
 )
 from jax_vattention.attention.features import Features
 
@@ -63,7 +63,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
         ([40, 17], {"kv_heads": 8, "together": 1}),
         # Streams that may have more tiles under way, and fewer again: at every mark the interpreter says the other.
         ([700, 5, 420], {"behind": 1, "blocks": 1}),
-        ([300, 411], {"behind": 2, "stages": 1, "kv_heads": 8, "dtype": "float8_e4m3fn"}),
+        ([300, 411], {"behind": 2, "mark": 2, "stages": 1, "kv_heads": 8, "dtype": "float8_e4m3fn"}),
     ],
     ids=str,
 )
@@ -122,7 +122,7 @@ def check(
     requests, *, q_heads=32, layers=(31,), num_layers=32, dtype="bfloat16", features=suite.NONE, scales=None, **options
 ):
     """`test_attention.check`, at the Llama-3-8B shape unless said; skipped where the GPU is no Hopper."""
-    if pallas_mosaic.target() != "9.0":
+    if target.capability() != "9.0":
         pytest.skip("no Hopper GPU")
     sizes = {"head_dim": 128, "kv_heads": 8, "max_seq_len": 1100, "num_slots": len(requests)} | options
     spec = suite.make_spec("mosaic", dtype=dtype, layers=num_layers, **sizes)
@@ -199,7 +199,7 @@ def test_float8(head_dim, kv_heads, times, layout):
 @pytest.mark.gpu
 def test_one_schedule_serves_several_layers():
     """What streams count in is 0 again when a kernel is over, whoever was the last."""
-    if pallas_mosaic.target() != "9.0":
+    if target.capability() != "9.0":
         pytest.skip("no Hopper GPU")
     rng, lengths = np.random.default_rng(0), [1000, 1, 77, 690]
     spec = KVCacheSpec(2, 8, 128, len(lengths), 1024)
@@ -225,7 +225,7 @@ def test_one_schedule_serves_several_layers():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 def test_pace_changes_no_result(monkeypatch, dtype):
     """Streams count how far they are, and leave the counter at 0."""
-    if pallas_mosaic.target() != "9.0":
+    if target.capability() != "9.0":
         pytest.skip("no Hopper GPU")
     rng, lengths = np.random.default_rng(0), [6000, 3000, 1]
     spec = KVCacheSpec(1, 8, 128, len(lengths), 6144, dtype)

@@ -23,7 +23,7 @@ from benchmarks._attention import Outcome
 from benchmarks._report import Column, Report, Table
 from benchmarks._timing import Timing, back_to_back, interleave
 from jax_vattention import KVCacheSpec
-from jax_vattention.attention import decode_shape
+from jax_vattention.attention import decode_shape, target
 from jax_vattention.attention.tilings import tuned
 
 
@@ -447,11 +447,12 @@ def timed(*seconds):
 
 def test_tune_writes_the_fastest_where_it_is_faster_than_noise(tmp_path):
     path = tmp_path / "tilings.json"
-    old = {"kernel": "mosaic_decode", "head_dim": 64, "kv_dtype": "bfloat16", "tiling": {"stages": 3}}
-    path.write_text(json.dumps({"comment": "what for", "rows": [old, old | {"head_dim": 96}]}))
+    old = {"kernel": "mosaic_decode", "head_dim": 64, "kv_dtype": "bfloat16", "gpu": "this", "tiling": {"stages": 3}}
+    of_all = {name: old[name] for name in old if name != "gpu"}
+    path.write_text(json.dumps({"comment": "what for", "rows": [old, old | {"head_dim": 96}, of_all]}))
 
     def rows(head_dim, *found):
-        key = {"kernel": "mosaic_decode", "head_dim": head_dim, "kv_dtype": "bfloat16"}
+        key = {"kernel": "mosaic_decode", "head_dim": head_dim, "kv_dtype": "bfloat16", "gpu": "this"}
         return [key | row for row in tune.compared(found)]
 
     default, other, third = {"stages": 2}, {"stages": 3}, {"stages": 4}
@@ -461,7 +462,8 @@ def test_tune_writes_the_fastest_where_it_is_faster_than_noise(tmp_path):
     noise = rows(128, (default, timed(1.0)), (other, timed(0.995)))
     nothing = rows(96, (default, timed(None)), (other, timed(1.0)))
     tune.write(path, clear + noise + nothing, "today")
-    written = {row["head_dim"]: row for row in json.loads(path.read_text())["rows"]}
+    assert of_all in json.loads(path.read_text())["rows"], "what is for no GPU by name stays"
+    written = {row["head_dim"]: row for row in json.loads(path.read_text())["rows"] if "gpu" in row}
     assert written[64]["tiling"] == other
     assert (written[64]["time"], written[64]["measured"]) == (0.707, "today")
     assert written[128]["tiling"] == default
@@ -479,11 +481,12 @@ def test_what_is_tuned_is_what_the_kernels_have():
         assert set(kernel.works) <= {work.name for work in tune._WORKS.values()}, name
 
 
-def test_tilings_that_are_shipped():
+def test_tilings_that_are_shipped(monkeypatch):
     rows = json.loads(tune.FILE.read_text())["rows"]
     assert len({tune._key(row) for row in rows}) == len(rows)
     for row in rows:
         default = tune.KERNELS[row["kernel"]].default(row["head_dim"], row["kv_dtype"])
+        monkeypatch.setattr(target, "kind", lambda row=row: row.get("gpu", "another"))
         found = tuned(default, row["kernel"], row["head_dim"], row["kv_dtype"])
         assert dataclasses.asdict(found) == dataclasses.asdict(default) | row["tiling"]
     assert tuned(decode_shape.Tiling(), "mosaic_decode", 72, jnp.bfloat16) == decode_shape.Tiling()

@@ -1,5 +1,7 @@
 """Programs compiled for GPUs on a machine that has none: the view is never copied and temporary memory is fixed."""
 
+import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -19,8 +21,9 @@ from compile_helpers import (
     instructions,
 )
 
+from benchmarks import tune
 from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch, attention
-from jax_vattention.attention import mosaic_copy, mosaic_prefill
+from jax_vattention.attention import decode_shape, mosaic_copy, mosaic_prefill
 
 pytestmark = [
     pytest.mark.compile_gpu,
@@ -329,6 +332,30 @@ def test_most_shared_memory_of_a_decode_fits(dtype, head_dim, kv_heads, max_q_le
     q = jax.ShapeDtypeStruct((REQUESTS * max_q_len, Q_HEADS, head_dim), jnp.bfloat16 if spec.quantized else dtype)
     each = compile_for("h100", straight, q, abstract_cache(spec), int32(), abstract_batch(max_q_len))
     assert len(mosaic_kernels(each)) == (2 if jax.__version_info__ >= (0, 11) else 0)
+
+
+TUNED = [row for row in json.loads(tune.FILE.read_text())["rows"] if "gpu" in row]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
+@pytest.mark.parametrize("row", TUNED, ids=lambda row: f"{row['gpu']}-{row['kv_dtype']}-{row['head_dim']}")
+def test_what_is_tuned_for_one_gpu_fits_it(row, monkeypatch):
+    tilings, shape_of = [], decode_shape.Shape.of
+
+    def seen(*args, **options):
+        tilings.append(options["tiling"])
+        return shape_of(*args, **options)
+
+    monkeypatch.setattr(decode_shape.Shape, "of", seen)
+    spec = llama_spec(dtype=jnp.dtype(row["kv_dtype"]), head_dim=row["head_dim"])
+    q = jax.ShapeDtypeStruct((REQUESTS, Q_HEADS, spec.head_dim), jnp.bfloat16)
+    args = (q, abstract_cache(spec), int32(), abstract_batch(1))
+    each = compile_for("h100", straight, *args, kind=row["gpu"])
+    assert_views_not_copied(each, spec)
+    assert len(mosaic_kernels(each)) == 2
+    assert tilings
+    for tiling in tilings:
+        assert row["tiling"].items() <= dataclasses.asdict(tiling).items()
 
 
 @pytest.mark.parametrize(("target", "max_q_len"), [("a100", 1), ("h100", 512), ("b200", 1)])

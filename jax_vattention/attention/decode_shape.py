@@ -35,7 +35,9 @@ class Tiling:
     stages: int = 2
     """Tiles of a stream that are in flight or being read."""
     behind: int = 0
-    """More of them, of a stream that is slower than the others (see `mosaic_pace`)."""
+    """More of them, of a stream that is slower than the others (see `mosaic_pace`),"""
+    mark: int = 4
+    """which is found out every so many tiles."""
     streams: int = 1
     """Of a block."""
     blocks: int = _BLOCKS
@@ -55,14 +57,14 @@ def default_tiling(head_dim: int, kv_dtype: Any, pairs: int | None = None) -> Ti
       pairs: of a KV head and a request, if they are known.
     """
     itemsize = jnp.dtype(kv_dtype).itemsize
-    # Of the longest rows three tiles do not fit.
-    behind = int(head_dim * itemsize < 2 * _SHORT)
+    # Of the longest rows three tiles do not fit. Tiles of float8 take longer to multiply.
+    behind, mark = int(head_dim * itemsize < 2 * _SHORT), 2 if itemsize == 1 else 4
     if head_dim * itemsize >= _SHORT:
-        return Tiling(behind=behind)
+        return Tiling(behind=behind, mark=mark)
     # Where streams share few pairs, there is much to join of a set of heads; of one head it is little.
     apart = pairs is not None and pairs <= _BLOCKS and itemsize == 1 and head_dim >= 128
     # As many bytes in a tile as of rows that are not short.
-    return Tiling(block_k=128 if head_dim <= 128 else 64, together=1 if apart else BOX, behind=behind)
+    return Tiling(block_k=128 if head_dim <= 128 else 64, together=1 if apart else BOX, behind=behind, mark=mark)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """How the streams of a decode kernel are kept at one pace: Hopper GPUs.
 
 A GPU does not serve its multiprocessors equally while memory is busy, and a kernel is over when its slowest stream is.
-Shares cannot follow that, for results are to depend on the batch alone. So streams count together how far they are, and
-who is behind most of the others has more copies under way from then on. Nobody waits. Were all to have more of them,
-all would be slower.
+Shares cannot follow that, for results are to depend on the batch alone. So streams count together the marks that they
+come to, and who is behind most of the others has more copies under way from then on. Nobody waits. Were all to have as
+many, all would be slower.
 
 They count in the first row of `Split.streams`, as `mosaic_join` does and on the same terms: before a kernel and after
 it the counter is 0.
@@ -25,11 +25,8 @@ from jax_vattention.attention.decode_shape import Shape
 from jax_vattention.attention.decode_split import PROGRESS
 from jax_vattention.attention.mosaic_view import THREADS
 
-_TILES, _OTHERS = 4, 0.9
-"""From one mark to the next, of which a stream counts each that it comes to; and of all streams: who comes to a mark
-after so many of them is behind."""
-_FLOAT8_TILES, _FLOAT8_OTHERS = 2, 0.8
-"""The same, where tiles take longer to multiply."""
+_OTHERS, _FLOAT8_OTHERS = 0.9, 0.8
+"""Of all streams: who comes to a mark after so many of them is behind."""
 _OVER = 2**22
 """What a stream counts in the end: more than all marks."""
 _SCALAR = plgpu.Layout.WG_SPLAT(())
@@ -44,8 +41,8 @@ def depth(shape: Shape, streams, before: jax.Array, after: jax.Array, now: jax.A
       streams: see `Split.streams`.
       now: what it was before.
     """
-    tiles, others = (_FLOAT8_TILES, _FLOAT8_OTHERS) if shape.quantized else (_TILES, _OTHERS)
-    step, tiling = tiles * shape.tile_tokens, shape.tiling
+    others, tiling = _FLOAT8_OTHERS if shape.quantized else _OTHERS, shape.tiling
+    step = tiling.mark * shape.tile_tokens
     mark = lax.div(after, step)
     is_mark = lax.div(before, step) < mark
     if shape.interpreted:  # which knows no counters: behind at every other mark

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 
-from jax_vattention.attention import blackwell_decode, blackwell_prefill, pallas_mosaic
+from jax_vattention.attention import blackwell_decode, blackwell_prefill, pallas_mosaic, target
 from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
@@ -17,7 +17,7 @@ _KERNELS = pallas_mosaic.Kernels(blackwell_decode, blackwell_prefill, None)
 
 def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
     """What it does not serve of these arguments; None if it serves them."""
-    if pallas_mosaic.target() != "10.0":
+    if target.capability() != "10.0":
         return "GPUs other than Blackwell's for datacentres (compute capability 10.0)"
     return _KERNELS.refusal(q, view, batch, features)
 

@@ -7,19 +7,15 @@ batch that may have both kinds goes to a third, in which every block does both, 
 from __future__ import annotations
 
 import dataclasses
-import re
 from types import ModuleType
 from typing import NamedTuple
 
 import jax
 
-from jax_vattention.attention import mosaic_decode, mosaic_mixed, mosaic_prefill, mosaic_view
+from jax_vattention.attention import mosaic_decode, mosaic_mixed, mosaic_prefill, mosaic_view, target
 from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
-
-_NAMES = {"9.0": "H100|H200|GH200", "10.0": "B100|B200|GB200"}
-"""GPUs by compute capability."""
 
 
 class Kernels(NamedTuple):
@@ -86,25 +82,13 @@ HOPPER = Kernels(mosaic_decode, mosaic_prefill, mosaic_mixed)
 
 def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
     """What it does not serve of these arguments; None if it serves them."""
-    if target() != "9.0":
+    if target.capability() != "9.0":
         return "GPUs other than Hopper (compute capability 9.0)"
     return HOPPER.refusal(q, view, batch, features)
 
 
 run = HOPPER.run
 """See `attention`; returns `(out, order)`."""
-
-
-def target() -> str | None:
-    """Compute capability of the GPU that a program is traced for, or its name; None if there is none."""
-    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if described is not None:
-        known = (number for number, names in _NAMES.items() if re.search(rf"\b({names})\b", described.device_kind))
-        return next(known, described.device_kind)
-    try:
-        return jax.devices("cuda")[0].compute_capability
-    except RuntimeError:
-        return None
 
 
 def _few_queries(q: jax.Array, view: LayerView, batch: RaggedBatch) -> bool:

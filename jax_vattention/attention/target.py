@@ -1,0 +1,36 @@
+"""Which GPU a program is traced for: a description of one that is not there, or the first that is."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+
+_NAMES = {"9.0": "H100|H200|GH200", "10.0": "B100|B200|GB200"}
+"""GPUs by compute capability."""
+
+
+def kind() -> str:
+    """Its name, as JAX has it; empty if there is none."""
+    device = _device()
+    return "" if device is None else device.device_kind
+
+
+def capability() -> str | None:
+    """Its compute capability, or its name if that is not known; None if there is none."""
+    device = _device()
+    if device is None or hasattr(device, "compute_capability"):
+        return getattr(device, "compute_capability", None)
+    known = (number for number, names in _NAMES.items() if re.search(rf"\b({names})\b", device.device_kind))
+    return next(known, device.device_kind)
+
+
+def _device() -> Any:
+    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if described is not None:
+        return described
+    try:
+        return jax.devices("cuda")[0]
+    except RuntimeError:
+        return None
