@@ -19,13 +19,14 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from benchmarks import _attention, _machine, decode, prefill
-from benchmarks._attention import Outcome, Sizes
+from benchmarks._attention import LAYOUTS, Outcome, Sizes
 from benchmarks._report import Column, Report, Table
 from jax_vattention.attention import decode_shape, mosaic_decode, mosaic_prefill, target, tilings
+from jax_vattention.spec import Layout
 
 FILE = Path(tilings.__file__).with_suffix(".json")
-_KEY = "kernel", "head_dim", "kv_dtype", "gpu"
-"""What a row is for; without a GPU it is for all that have no row of their own."""
+_KEY = "kernel", "head_dim", "kv_dtype", "gpu", "layout"
+"""What a row is for; without one of the last two it is for all that have no row of their own."""
 _LEAST_GAIN = 0.01
 """What a candidate has to be faster by than the defaults: less is noise."""
 
@@ -78,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: all")
     parser.add_argument("--head-dims", nargs="+", type=int, metavar="N", help="default: all that a kernel serves")
     parser.add_argument("--kv-dtypes", nargs="+", metavar="DTYPE", help="default: all that a kernel serves")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
     parser.add_argument("--write", action="store_true", help=f"replace the rows of what was measured in {FILE.name}")
     _attention.add_limit(parser)
 
@@ -88,13 +90,13 @@ def run(arguments: argparse.Namespace) -> Report:
     others = _machine.OtherLoad()
     limit = _attention.Limit(arguments.limit)
     rows = []
-    for name, head_dim, kv_dtype in chosen(arguments):
+    for name, head_dim, kv_dtype, layout in chosen(arguments):
         # Fewer layers of large heads: the cache of all of them has to fit.
         layers = min(sizes.num_layers, sizes.num_layers * sizes.head_dim // head_dim)
         own_sizes = dataclasses.replace(sizes, head_dim=head_dim, num_layers=layers)
-        found = _measured(KERNELS[name], own_sizes, kv_dtype, arguments.seconds, limit)
-        what = {"kernel": name, "head_dim": head_dim, "kv_dtype": kv_dtype, "gpu": target.kind()}
-        rows += [what | row for row in compared(found)]
+        found = _measured(KERNELS[name], own_sizes, kv_dtype, layout, arguments.seconds, limit)
+        what = name, head_dim, kv_dtype, target.kind(), layout
+        rows += [dict(zip(_KEY, what, strict=True)) | row for row in compared(found)]
     hardware, versions = _machine.hardware(), _machine.versions(_attention.PACKAGES)
     if arguments.write:
         measured = f"{datetime.date.today().isoformat()}, {hardware.get('gpu', '')}, jax {versions.get('jax', '')}"
@@ -111,19 +113,20 @@ def run(arguments: argparse.Namespace) -> Report:
     )
 
 
-def chosen(arguments: argparse.Namespace) -> list[tuple[str, int, str]]:
-    """Kernel, head dim and dtype of K and V of each table row to be."""
+def chosen(arguments: argparse.Namespace) -> list[tuple[str, int, str, Layout]]:
+    """Kernel, head dim and dtype of K and V, and layout of each row to be."""
     return [
-        (name, head_dim, kv_dtype)
+        (name, head_dim, kv_dtype, layout)
         for name in arguments.kernels
         for head_dim in KERNELS[name].head_dims
         for kv_dtype in KERNELS[name].kv_dtypes
+        for layout in arguments.layouts
         if head_dim in (arguments.head_dims or [head_dim]) and kv_dtype in (arguments.kv_dtypes or [kv_dtype])
     ]
 
 
 def _measured(
-    kernel: Kernel, sizes: Sizes, kv_dtype: str, seconds: float, limit: _attention.Limit
+    kernel: Kernel, sizes: Sizes, kv_dtype: str, layout: Layout, seconds: float, limit: _attention.Limit
 ) -> list[tuple[dict[str, Any], list[Outcome]]]:
     """Each candidate and its outcome on each shape."""
     default = kernel.default(sizes.head_dim, kv_dtype)
@@ -135,7 +138,7 @@ def _measured(
     for work in kernel.works:
         part = {"": slice(None)}
         outcomes = _attention.time_ours(
-            _WORKS[work], part, sizes, "token_major", (), seconds, kv_dtype=kv_dtype, also=readers, limit=limit
+            _WORKS[work], part, sizes, layout, (), seconds, kv_dtype=kv_dtype, also=readers, limit=limit
         )
         for name in readers:
             found[name].append(outcomes[name][""])
@@ -165,7 +168,7 @@ def compared(found: Sequence[tuple[dict[str, Any], Sequence[Outcome]]]) -> list[
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]], measured: str) -> None:
-    """Puts the best of `rows` in the place of what `path` says of the same kernels, head dims, dtypes and GPU.
+    """Puts the best of `rows` in the place of what `path` says of the same, by `_KEY`.
 
     What was not timed keeps its row.
     """
@@ -175,7 +178,7 @@ def write(path: Path, rows: Sequence[dict[str, Any]], measured: str) -> None:
         timed = list(group)
         best = timed[0] if timed[0]["time"] <= 1 - _LEAST_GAIN else next(row for row in timed if row["default"])
         tiling = {"tiling": json.loads(best["tiling"]), "time": round(best["time"], 3), "measured": measured}
-        kept[key] = {name: best[name] for name in _KEY} | tiling
+        kept[key] = dict(zip(_KEY, key, strict=True)) | tiling
     lines = ",\n".join(f"  {json.dumps(kept[key])}" for key in sorted(kept))
     path.write_text(f'{{\n "comment": {json.dumps(known["comment"])},\n "rows": [\n{lines}\n ]\n}}\n')
 
@@ -188,13 +191,14 @@ _COLUMNS = (
     Column("kernel", "kernel"),
     Column("head_dim", "head dim"),
     Column("kv_dtype", "K and V"),
+    Column("layout", "layout"),
     Column("tiling", "tiling"),
     Column("time", "time, defaults = 1", ".3f"),
     Column("shown", "on each shape"),
     Column("note", "note"),
 )
 _NOTES = (
-    "time: geometric mean over the shapes of the kernel, token_major; "
+    "time: geometric mean over the shapes of the kernel; "
     + "; ".join(f"{name}: {', '.join(kernel.works)}" for name, kernel in KERNELS.items())
     + ".",
 )

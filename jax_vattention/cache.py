@@ -14,7 +14,7 @@ from jax import lax
 from jax_vattention import ffi
 from jax_vattention.differentiation import not_differentiable
 from jax_vattention.scales import Scales, quantize
-from jax_vattention.spec import KVCacheSpec
+from jax_vattention.spec import KVCacheSpec, Layout
 
 GPU_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 """For `jax.jit(compiler_options=)` of every GPU program that takes a cache. XLA counts the view's virtual size as
@@ -43,6 +43,11 @@ class LayerView:
     """A query of position `p` sees the keys `p - window + 1 .. p`; None: `0 .. p`."""
     scale_table: jax.Array | None = None
     """Of float8: float32 `[layers, 2, num_kv_heads]`, with `layers` and the index of the layer those of `k`."""
+
+    @property
+    def layout(self) -> Layout:
+        """Of the cache that it is a view of."""
+        return "token_major" if self.v is None else "layer_major"
 
     @property
     def scales(self) -> jax.Array | None:

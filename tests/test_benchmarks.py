@@ -10,6 +10,7 @@ import math
 import os
 import shlex
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from benchmarks._attention import Outcome
 from benchmarks._report import Column, Report, Table
 from benchmarks._timing import Timing, back_to_back, interleave
 from jax_vattention import KVCacheSpec
-from jax_vattention.attention import decode_shape, target
+from jax_vattention.attention import decode_shape, target, tilings
 from jax_vattention.attention.tilings import tuned
 
 
@@ -447,13 +448,13 @@ def timed(*seconds):
 
 def test_tune_writes_the_fastest_where_it_is_faster_than_noise(tmp_path):
     path = tmp_path / "tilings.json"
-    old = {"kernel": "mosaic_decode", "head_dim": 64, "kv_dtype": "bfloat16", "gpu": "this", "tiling": {"stages": 3}}
-    of_all = {name: old[name] for name in old if name != "gpu"}
+    key = {"kernel": "mosaic_decode", "kv_dtype": "bfloat16", "gpu": "this", "layout": "token_major"}
+    old = key | {"head_dim": 64, "tiling": {"stages": 3}}
+    of_all = {name: old[name] for name in old if name not in ("gpu", "layout")}
     path.write_text(json.dumps({"comment": "what for", "rows": [old, old | {"head_dim": 96}, of_all]}))
 
     def rows(head_dim, *found):
-        key = {"kernel": "mosaic_decode", "head_dim": head_dim, "kv_dtype": "bfloat16", "gpu": "this"}
-        return [key | row for row in tune.compared(found)]
+        return [key | {"head_dim": head_dim} | row for row in tune.compared(found)]
 
     default, other, third = {"stages": 2}, {"stages": 3}, {"stages": 4}
     clear = rows(64, (default, timed(2.0, 2.0)), (other, timed(1.0, 2.0)), (third, timed(0.1, None)))
@@ -462,7 +463,7 @@ def test_tune_writes_the_fastest_where_it_is_faster_than_noise(tmp_path):
     noise = rows(128, (default, timed(1.0)), (other, timed(0.995)))
     nothing = rows(96, (default, timed(None)), (other, timed(1.0)))
     tune.write(path, clear + noise + nothing, "today")
-    assert of_all in json.loads(path.read_text())["rows"], "what is for no GPU by name stays"
+    assert of_all in json.loads(path.read_text())["rows"], "what is for all GPUs and layouts stays"
     written = {row["head_dim"]: row for row in json.loads(path.read_text())["rows"] if "gpu" in row}
     assert written[64]["tiling"] == other
     assert (written[64]["time"], written[64]["measured"]) == (0.707, "today")
@@ -487,9 +488,30 @@ def test_tilings_that_are_shipped(monkeypatch):
     for row in rows:
         default = tune.KERNELS[row["kernel"]].default(row["head_dim"], row["kv_dtype"])
         monkeypatch.setattr(target, "kind", lambda row=row: row.get("gpu", "another"))
-        found = tuned(default, row["kernel"], row["head_dim"], row["kv_dtype"])
+        found = tuned(default, row["kernel"], layer_view(row["head_dim"], row["kv_dtype"], row.get("layout")))
         assert dataclasses.asdict(found) == dataclasses.asdict(default) | row["tiling"]
-    assert tuned(decode_shape.Tiling(), "mosaic_decode", 72, jnp.bfloat16) == decode_shape.Tiling()
+    assert tuned(decode_shape.Tiling(), "mosaic_decode", layer_view(72, "bfloat16")) == decode_shape.Tiling()
+
+
+def layer_view(head_dim, dtype, layout=None):
+    """What `tuned` looks at; of no layout that a row may be of, if none is given."""
+    return types.SimpleNamespace(k=jnp.zeros(0, dtype), head_dim=head_dim, layout=layout)
+
+
+def test_a_tiling_of_this_gpu_and_layout_goes_before_others(monkeypatch):
+    def row(stages, **of):
+        return {"kernel": "a", "head_dim": 64, "kv_dtype": "bfloat16", "tiling": {"stages": stages}} | of
+
+    rows = [row(3), row(4, gpu="this"), row(5, layout="token_major"), row(6, gpu="this", layout="layer_major")]
+    monkeypatch.setattr(tilings, "_rows", lambda: rows)
+
+    def stages(gpu, layout, head_dim=64, dtype="bfloat16"):
+        monkeypatch.setattr(target, "kind", lambda: gpu)
+        return tuned(decode_shape.Tiling(), "a", layer_view(head_dim, dtype, layout)).stages
+
+    assert (stages("this", "layer_major"), stages("this", "token_major")) == (6, 4)
+    assert (stages("another", "layer_major"), stages("another", "token_major")) == (3, 5)
+    assert stages("this", "layer_major", head_dim=96) == stages("", "layer_major", dtype="float16") == 2
 
 
 def test_a_run_that_is_told_to_stop_reports_what_it_has(tmp_path, monkeypatch):

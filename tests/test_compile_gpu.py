@@ -44,8 +44,8 @@ def abstract_batch(max_q_len):
     return RaggedBatch(slots=rows, q_starts=rows, q_lens=rows, kv_lens=rows, max_q_len=max_q_len)
 
 
-def llama_spec(max_seq_len=131072, dtype=jnp.bfloat16, head_dim=128, kv_heads=8):
-    return KVCacheSpec(32, kv_heads, head_dim, num_slots=REQUESTS, max_seq_len=max_seq_len, dtype=dtype)
+def llama_spec(max_seq_len=131072, dtype=jnp.bfloat16, head_dim=128, kv_heads=8, layout="token_major"):
+    return KVCacheSpec(32, kv_heads, head_dim, REQUESTS, max_seq_len, dtype, layout=layout)
 
 
 def abstract_q(spec, max_q_len):
@@ -338,7 +338,7 @@ TUNED = [row for row in json.loads(tune.FILE.read_text())["rows"] if "gpu" in ro
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
-@pytest.mark.parametrize("row", TUNED, ids=lambda row: f"{row['gpu']}-{row['kv_dtype']}-{row['head_dim']}")
+@pytest.mark.parametrize("row", TUNED, ids=lambda row: "-".join(str(row[name]) for name in tune._KEY if name in row))
 def test_what_is_tuned_for_one_gpu_fits_it(row, monkeypatch):
     tilings, shape_of = [], decode_shape.Shape.of
 
@@ -347,10 +347,14 @@ def test_what_is_tuned_for_one_gpu_fits_it(row, monkeypatch):
         return shape_of(*args, **options)
 
     monkeypatch.setattr(decode_shape.Shape, "of", seen)
-    spec = llama_spec(dtype=jnp.dtype(row["kv_dtype"]), head_dim=row["head_dim"])
+    layout = row.get("layout", "token_major")
+    spec = llama_spec(dtype=jnp.dtype(row["kv_dtype"]), head_dim=row["head_dim"], layout=layout)
     q = jax.ShapeDtypeStruct((REQUESTS, Q_HEADS, spec.head_dim), jnp.bfloat16)
-    args = (q, abstract_cache(spec), int32(), abstract_batch(1))
-    each = compile_for("h100", straight, *args, kind=row["gpu"])
+
+    def first_layers(q, cache, batch):
+        return straight(q, cache, 0, batch)
+
+    each = compile_for("h100", first_layers, q, abstract_cache(spec), abstract_batch(1), kind=row["gpu"])
     assert_views_not_copied(each, spec)
     assert len(mosaic_kernels(each)) == 2
     assert tilings

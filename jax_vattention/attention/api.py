@@ -191,7 +191,7 @@ class _Operands(NamedTuple):
         return (
             f"{'decode' if self.batch.max_q_len == 1 else 'prefill'}, {jnp.dtype(q.dtype).name}{kv_dtype}, "
             f"{q.shape[1]} query and {view.num_kv_heads} KV heads of {view.head_dim}, "
-            f"{'token_major' if view.v is None else 'layer_major'}{''.join(f', {name}' for name in used)}"
+            f"{view.layout}{''.join(f', {name}' for name in used)}"
         )
 
 

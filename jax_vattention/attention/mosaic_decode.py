@@ -160,7 +160,7 @@ def run(
     """
     if tiling is None:
         default = default_tiling(view.head_dim, view.k.dtype, batch.num_requests * view.num_kv_heads)
-        tiling = tuned(default, "mosaic_decode", view.head_dim, view.k.dtype)
+        tiling = tuned(default, "mosaic_decode", view)
     shape = Shape.of(
         q, view, batch, features, scale=scale, tiling=tiling, narrow_products=products.narrow,
         paged=page_table is not None, interpret=interpret,

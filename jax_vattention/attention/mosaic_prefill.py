@@ -146,7 +146,7 @@ def run(
 
 def tiling_of(tiling: Tiling | None, default: Tiling, q: jax.Array, view: LayerView, *, interpret: Any) -> Tiling:
     """This one, or the default with what was tuned, with clusters that divide the blocks and the heads of a group."""
-    tiling = tiling or tuned(default, "mosaic_prefill", q.shape[2], view.k.dtype)
+    tiling = tiling or tuned(default, "mosaic_prefill", view)
     cluster = math.gcd(tiling.cluster, q.shape[1] // view.num_kv_heads, tiling.blocks)
     # The interpreter does not know the shared memory of other blocks.
     return dataclasses.replace(tiling, cluster=1 if interpret else cluster)

@@ -1,6 +1,6 @@
 """Tile sizes that were measured: `tilings.json`, a row for each kernel, head dim and dtype of K and V.
 
-A row that names a GPU is for GPUs of this name, and for them it goes before one that names none.
+A row may be of one GPU, by the name that JAX has for it, of one layout, or of both. It goes before one that is for all.
 
 `python -m benchmarks tune --write` measures them and writes the file. What it has no row for takes the defaults of the
 kernel's `Tiling`.
@@ -17,19 +17,27 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 
 from jax_vattention.attention import target
+from jax_vattention.cache import LayerView
 
 _Tiling = TypeVar("_Tiling")
 
 
-def tuned(default: _Tiling, kernel: str, head_dim: int, kv_dtype: Any) -> _Tiling:
-    """`default`, a dataclass, with what is known to be faster for these arguments on the GPU that is traced for."""
-    what = kernel, head_dim, jnp.dtype(kv_dtype).name
-    found = next((row for gpu in (target.kind(), None) if (row := _rows().get((*what, gpu))) is not None), {})
-    return dataclasses.replace(default, **found)  # type: ignore[type-var]
+def tuned(default: _Tiling, kernel: str, view: LayerView) -> _Tiling:
+    """`default`, a dataclass, with what is known to be faster for a view on the GPU that is traced for."""
+    what = {
+        "kernel": kernel,
+        "head_dim": view.head_dim,
+        "kv_dtype": jnp.dtype(view.k.dtype).name,
+        "gpu": target.kind(),
+        "layout": view.layout,
+    }
+    rows = (row for row in _rows() if all(row.get(name, value) == value for name, value in what.items()))
+    nothing: dict[str, Any] = {"tiling": {}}
+    best = max(rows, key=lambda row: ("gpu" in row, "layout" in row), default=nothing)
+    return dataclasses.replace(default, **best["tiling"])  # type: ignore[type-var]
 
 
 @functools.cache
-def _rows() -> dict[tuple[str, int, str, str | None], dict[str, Any]]:
+def _rows() -> list[dict[str, Any]]:
     text = resources.files(__package__).joinpath("tilings.json").read_text()
-    rows = json.loads(text)["rows"]
-    return {(row["kernel"], row["head_dim"], row["kv_dtype"], row.get("gpu")): row["tiling"] for row in rows}
+    return json.loads(text)["rows"]
