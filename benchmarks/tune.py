@@ -43,11 +43,15 @@ class Kernel(NamedTuple):
     kv_dtypes: tuple[str, ...]
 
     def candidates(self, default: Any) -> Iterator[dict[str, Any]]:
-        """The fields of this default, then all others."""
+        """The fields of this default, then all others, those first that differ from it in few."""
         own = {name: getattr(default, name) for name in self.fields}
+
+        def differ(found: dict[str, Any]) -> int:
+            return sum(found[name] != own[name] for name in found)
+
+        others = (dict(zip(self.fields, values, strict=True)) for values in itertools.product(*self.fields.values()))
         yield own
-        for values in itertools.product(*self.fields.values()):
-            found = dict(zip(self.fields, values, strict=True))
+        for found in sorted(others, key=differ):
             no_marks = found.get("behind") == 0  # then their number says nothing
             if found != own and not (no_marks and found["mark"] != own["mark"]):
                 yield found
@@ -136,12 +140,14 @@ def _measured(
     }
     found: dict[str, list[Outcome]] = {name: [] for name in readers}
     for work in kernel.works:
+        # What did not run on one shape is not tried on the next.
+        running = {name: reader for name, reader in readers.items() if all(each.timing for each in found[name])}
         part = {"": slice(None)}
         outcomes = _attention.time_ours(
-            _WORKS[work], part, sizes, layout, (), seconds, kv_dtype=kv_dtype, also=readers, limit=limit
+            _WORKS[work], part, sizes, layout, (), seconds, kv_dtype=kv_dtype, also=running, limit=limit
         )
         for name in readers:
-            found[name].append(outcomes[name][""])
+            found[name].append(outcomes[name][""] if name in running else found[name][-1])
     return [(json.loads(name), outcomes) for name, outcomes in found.items()]
 
 

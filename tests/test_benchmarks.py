@@ -479,7 +479,26 @@ def test_what_is_tuned_is_what_the_kernels_have():
             assert all(dataclasses.replace(default, **fields) for fields in candidates)
             assert dataclasses.replace(default, **candidates[0]) == default
             assert len({json.dumps(fields) for fields in candidates}) == len(candidates)
+            changes = [sum(fields[name] != candidates[0][name] for name in fields) for fields in candidates]
+            assert changes == sorted(changes), "a run whose time is short has tried what is next to the defaults"
         assert set(kernel.works) <= {work.name for work in tune._WORKS.values()}, name
+
+
+def test_tune_does_not_try_again_what_did_not_run(monkeypatch):
+    tried = {}
+
+    def time_ours(work, *_, also, **__):
+        tried[work.name] = list(also)
+        return {name: {"": timed(None if '"stages": 3' in name else 1.0)[0]} for name in also}
+
+    monkeypatch.setattr(_attention, "time_ours", time_ours)
+    kernel, sizes = tune.KERNELS["mosaic_decode"], _attention.SIZES["llama-3-8b"]
+    found = tune._measured(kernel, sizes, "bfloat16", "token_major", 0.1, _attention.Limit(None))
+    first, second = (tried[work] for work in kernel.works)
+    assert set(second) == {name for name in first if '"stages": 2' in name}
+    assert len(second) < len(first) == len(found)
+    for fields, outcomes in found:
+        assert [each.error for each in outcomes] == ["it does not fit" if fields["stages"] == 3 else ""] * 2
 
 
 def test_tilings_that_are_shipped(monkeypatch):
