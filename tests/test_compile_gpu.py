@@ -1,7 +1,6 @@
 """Programs compiled for GPUs on a machine that has none: the view is never copied and temporary memory is fixed."""
 
 import dataclasses
-import json
 import os
 import re
 import subprocess
@@ -21,9 +20,8 @@ from compile_helpers import (
     instructions,
 )
 
-from benchmarks import tune
 from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch, attention
-from jax_vattention.attention import decode_shape, mosaic_copy, mosaic_prefill
+from jax_vattention.attention import decode_shape, mosaic_copy, mosaic_prefill, tilings
 
 pytestmark = [
     pytest.mark.compile_gpu,
@@ -51,6 +49,18 @@ def llama_spec(max_seq_len=131072, dtype=jnp.bfloat16, head_dim=128, kv_heads=8,
 def abstract_q(spec, max_q_len):
     tokens = REQUESTS if max_q_len == 1 else 1024
     return jax.ShapeDtypeStruct((tokens, Q_HEADS, spec.head_dim), spec.dtype)
+
+
+def results_of(monkeypatch, owner, name):
+    """What the function of this name returns from now on."""
+    function, found = getattr(owner, name), []
+
+    def remembered(*args, **options):
+        found.append(function(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(owner, name, remembered)
+    return found
 
 
 def straight(q, cache, layer, batch):
@@ -243,20 +253,14 @@ def quantized_and_read(x, weights, cache, batch):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_one_prompt_on_hopper(dtype, head_dim, monkeypatch):
     """Whose blocks share their reads."""
-    tilings, tiling_of = [], mosaic_prefill.tiling_of
-
-    def seen(*args, **options):
-        tilings.append(tiling_of(*args, **options))
-        return tilings[-1]
-
-    monkeypatch.setattr(mosaic_prefill, "tiling_of", seen)
+    found = results_of(monkeypatch, mosaic_prefill, "tiling_of")
     spec, row = llama_spec(dtype=dtype, head_dim=head_dim), int32(1)
     batch = RaggedBatch(slots=row, q_starts=row, q_lens=row, kv_lens=row, max_q_len=1024)
     each = compile_for("h100", straight, abstract_q(spec, 1024), abstract_cache(spec), int32(), batch)
     assert_views_not_copied(each, spec)
     assert len(mosaic_kernels(each)) == 2
     assert all("attention_prefill" in rest for rest in mosaic_kernels(each))
-    assert {tiling.cluster for tiling in tilings} == {2}
+    assert {tiling.cluster for tiling in found} == {2}
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
@@ -334,19 +338,13 @@ def test_most_shared_memory_of_a_decode_fits(dtype, head_dim, kv_heads, max_q_le
     assert len(mosaic_kernels(each)) == (2 if jax.__version_info__ >= (0, 11) else 0)
 
 
-TUNED = [row for row in json.loads(tune.FILE.read_text())["rows"] if "gpu" in row]
+TUNED = [row for row in tilings._rows() if "gpu" in row]
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
-@pytest.mark.parametrize("row", TUNED, ids=lambda row: "-".join(str(row[name]) for name in tune._KEY if name in row))
+@pytest.mark.parametrize("row", TUNED, ids=lambda row: f"{row['gpu']}-{row['kv_dtype']}-{row.get('layout')}")
 def test_what_is_tuned_for_one_gpu_fits_it(row, monkeypatch):
-    tilings, shape_of = [], decode_shape.Shape.of
-
-    def seen(*args, **options):
-        tilings.append(options["tiling"])
-        return shape_of(*args, **options)
-
-    monkeypatch.setattr(decode_shape.Shape, "of", seen)
+    found = results_of(monkeypatch, decode_shape.Shape, "of")
     layout = row.get("layout", "token_major")
     spec = llama_spec(dtype=jnp.dtype(row["kv_dtype"]), head_dim=row["head_dim"], layout=layout)
     q = jax.ShapeDtypeStruct((REQUESTS, Q_HEADS, spec.head_dim), jnp.bfloat16)
@@ -357,9 +355,9 @@ def test_what_is_tuned_for_one_gpu_fits_it(row, monkeypatch):
     each = compile_for("h100", first_layers, q, abstract_cache(spec), abstract_batch(1), kind=row["gpu"])
     assert_views_not_copied(each, spec)
     assert len(mosaic_kernels(each)) == 2
-    assert tilings
-    for tiling in tilings:
-        assert row["tiling"].items() <= dataclasses.asdict(tiling).items()
+    assert found
+    for shape in found:
+        assert row["tiling"].items() <= dataclasses.asdict(shape.tiling).items()
 
 
 @pytest.mark.parametrize(("target", "max_q_len"), [("a100", 1), ("h100", 512), ("b200", 1)])

@@ -86,7 +86,7 @@ def held(device: jax.Device) -> tuple[int, int]:
     gc.collect()
     if device.platform != "cpu":
         if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
-            pytest.skip("what other processes take of the GPU shows too: run this file without -n")
+            pytest.fail("what other processes take of the GPU shows too: run this file without -n")
         return 0, open_memory(device).info()[0]
     with open("/proc/self/maps") as maps:
         return len(os.listdir("/proc/self/fd")), sum("memfd:jax_vattention" in line for line in maps)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_vattention.attention import target
 from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.differentiation import not_differentiable
@@ -205,7 +206,7 @@ class _Device(NamedTuple):
     @classmethod
     def current(cls, q: jax.Array | None) -> _Device:
         """That of `q`, if it is on one; else of a program compiled for a device that is not there; else the default."""
-        described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+        described = target.described()
         if described is not None:
             return cls(getattr(described, "platform", None) or "cuda", described.device_kind)
         device = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]

@@ -26,10 +26,15 @@ def capability() -> str | None:
     return next(known, device.device_kind)
 
 
+def described() -> Any:
+    """The `jax.sharding.AbstractDevice` that a program is traced for, of whatever platform; None if for none."""
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+
+
 def _device() -> Any:
-    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if described is not None:
-        return described
+    device = described()
+    if device is not None:
+        return device
     try:
         return jax.devices("cuda")[0]
     except RuntimeError:
