@@ -1,6 +1,7 @@
 """The Hopper kernel, in Pallas' interpreter and on the GPU, by the cases and the reference of test_attention.py."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -73,6 +74,31 @@ def test_in_the_interpreter(lengths, options):
     tiling = decode_shape.Tiling(**{name: options[name] for name in options.keys() & fields})
     options = {name: options[name] for name in options.keys() - fields}
     check_decode(mosaic_decode.run, lengths, tiling=tiling, **options)
+
+
+class Leaking(mosaic_decode.Wgmma):
+    """Adds what is in idle rows of queries and of weights to all scores and weights."""
+
+    def __init__(self, shape, local):
+        super().__init__(shape, local)
+        self.used = shape.product_rows
+
+    def leak(self, operand, dtype):
+        return jnp.abs(operand[self.used :].astype(jnp.float32)).sum().astype(dtype)
+
+    def scores(self, q, k, meanwhile):
+        return super().scores(q, k, meanwhile) + self.leak(q[...], jnp.float32)
+
+    def add(self, acc, shrunk, weights, v):
+        return super().add(acc, shrunk, weights + self.leak(weights, weights.dtype), v)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": "float8_e4m3fn"}, {"kv_heads": 8}, {"queries": [3, 2], "prefix": [60, 0]}], ids=str
+)
+def test_idle_rows_of_products_are_zeros(options):
+    tiling = decode_shape.Tiling(blocks=2, together=8)
+    check_decode(functools.partial(mosaic_decode.run, products=Leaking), [130, 40], tiling=tiling, **options)
 
 
 def split_queries(twice, interpret):

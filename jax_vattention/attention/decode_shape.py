@@ -128,6 +128,11 @@ class Shape(CommonShape):
         return -(-self.queries * self.set_heads // BOX) * BOX
 
     @property
+    def product_rows(self) -> int:
+        """Rows of a product, from the first on, that come of rows of the query tile. The others are idle."""
+        return 2 * self.rows if self.narrow else self.rows
+
+    @property
     def narrow(self) -> bool:
         """Whether float8 keys are multiplied as such, with queries in two parts, one eight of rows below the other."""
         return self.quantized and self.narrow_products and 2 * self.rows <= ROWS

@@ -49,6 +49,8 @@ from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
 _LOG2_E = math.log2(math.e)
+_IDLE = 1e30
+"""The maximum of a row that has no query: its weights are 0."""
 
 Parts = tuple[jax.Array, ...]
 """An array of `ROWS` rows in parts of `Products.width` columns each."""
@@ -434,6 +436,7 @@ class _Computing:
 
     def run(self) -> None:
         """All that the stream has to do."""
+        self._clear_idle_rows()
 
         @pl.when(self.work.num_pairs > 0)
         def _():
@@ -442,6 +445,18 @@ class _Computing:
         self.work.each_piece(self._piece, jnp.int32(0))
         if self.shape.joins:
             pl.when(self.work.num_pairs > 0)(self._join)
+
+    def _clear_idle_rows(self) -> None:
+        """A product has more rows than there are queries, and of zeros it takes less power than of what was there.
+
+        Power is what a GPU lacks when it reads memory at full speed.
+        """
+        if self.shape.product_rows == ROWS:
+            return
+        for buffer in range(2):
+            nothing = jnp.zeros((ROWS, self.shape.head_dim), self.queries.dtype)
+            self.queries[buffer] = plgpu.layout_cast(nothing, plgpu.Layout.WGMMA)
+        plgpu.commit_smem()
 
     def _load_queries(self, number, request, token, head) -> None:
         """For the piece of this number, of those of the stream."""
@@ -491,9 +506,13 @@ class _Computing:
     def _nothing(self, tiles) -> _State:
         """Of no keys yet, after so many tiles of other pieces."""
         whole, width = plgpu.Layout.WGMMA, self.width
+        maximum = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), whole.reduce(1))
+        if self.shape.product_rows < ROWS:
+            idle = _iota((ROWS,), 0, whole.reduce(1)) >= self.shape.product_rows
+            maximum = jnp.where(idle, jnp.full_like(maximum, _IDLE), maximum)
         return _State(
             tiles,
-            plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), whole.reduce(1)),
+            maximum,
             plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), whole),
             tuple(
                 plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), whole)
