@@ -18,10 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from benchmarks import _attention, _machine, decode, prefill
+from benchmarks import _attention, _machine, decode, mixed, prefill
 from benchmarks._attention import LAYOUTS, Outcome, Sizes
 from benchmarks._report import Column, Report, Table
-from jax_vattention.attention import decode_shape, mosaic_decode, mosaic_prefill, target, tilings
+from jax_vattention.attention import decode_shape, mosaic_decode, mosaic_mixed, mosaic_prefill, target, tilings
 from jax_vattention.spec import Layout
 
 FILE = Path(tilings.__file__).with_suffix(".json")
@@ -66,6 +66,14 @@ KERNELS = {
         (64, 96, 128, 192, 256),
         ("bfloat16", "float8_e4m3fn"),
     ),
+    "mosaic_mixed": Kernel(
+        mosaic_mixed,
+        lambda head_dim, kv_dtype: mosaic_mixed.Tiling(),
+        {"cluster": (1, 2), "decode_streams": (1, 2)},
+        ("2048 at 0, 64x4096", "2048 at 30720, 64x4096"),
+        (64, 128),
+        ("bfloat16",),
+    ),
     "mosaic_prefill": Kernel(
         mosaic_prefill,
         lambda head_dim, kv_dtype: mosaic_prefill.Tiling(),
@@ -75,7 +83,7 @@ KERNELS = {
         ("bfloat16",),
     ),
 }
-_WORKS = {work.name: work for module in (decode, prefill) for work in module.works("llama-3-8b")}
+_WORKS = {work.name: work for module in (decode, mixed, prefill) for work in module.works("llama-3-8b")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -393,6 +393,8 @@ MIXED = [
     ([(40, 300), (1, 300), (1, 20)], {"window": 50, "sinks": True, "soft_cap": 2.0}),
     ([(40, 140), (1, 30), (1, 90)], {"prefix_lens": [100, 30, 85], "head_dim": 128}),
     ([(100, 300), (1, 90)], {"large": (60, 2**12, 1)}),
+    ([(5, 5), (1, 200), (150, 300), (1, 90), (1, 310)], {"blocks": 3, "decode_streams": 2}),
+    ([(40, 300), (1, 300), (1, 20)], {"window": 50, "sinks": True, "decode_streams": 2}),
 ]
 
 
@@ -400,7 +402,7 @@ def check_mixed(requests, **options):
     def run(*arguments, interpret, **also):
         return mosaic_mixed.run(*arguments, interpret=interpret, interpret_tables=bool(interpret), **also)
 
-    prefill_cases.check(types.SimpleNamespace(run=run, Tiling=mosaic_prefill.Tiling), requests, **options)
+    prefill_cases.check(types.SimpleNamespace(run=run, Tiling=mosaic_mixed.Tiling), requests, **options)
 
 
 @pytest.mark.parametrize(("requests", "options"), MIXED, ids=str)

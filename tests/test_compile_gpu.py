@@ -21,7 +21,7 @@ from compile_helpers import (
 )
 
 from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch, attention
-from jax_vattention.attention import decode_shape, mosaic_copy, mosaic_prefill, tilings
+from jax_vattention.attention import decode_shape, mosaic_copy, mosaic_prefill, prefill_shape, tilings
 
 pytestmark = [
     pytest.mark.compile_gpu,
@@ -342,17 +342,22 @@ TUNED = [row for row in tilings._rows() if "gpu" in row]
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
-@pytest.mark.parametrize("row", TUNED, ids=lambda row: f"{row['gpu']}-{row['kv_dtype']}-{row.get('layout')}")
+@pytest.mark.parametrize(
+    "row", TUNED, ids=lambda row: "-".join(str(row.get(name)) for name in ("kernel", "gpu", "kv_dtype", "layout"))
+)
 def test_what_is_tuned_for_one_gpu_fits_it(row, monkeypatch):
-    found = results_of(monkeypatch, decode_shape.Shape, "of")
+    is_mixed = row["kernel"] == "mosaic_mixed"
+    found = results_of(monkeypatch, (prefill_shape if is_mixed else decode_shape).Shape, "of")
     layout = row.get("layout", "token_major")
     spec = llama_spec(dtype=jnp.dtype(row["kv_dtype"]), head_dim=row["head_dim"], layout=layout)
-    q = jax.ShapeDtypeStruct((REQUESTS, Q_HEADS, spec.head_dim), jnp.bfloat16)
+    # Not room for as many queries of each request: that would be for prefill.
+    tokens, max_q_len = (1024, 512) if is_mixed else (REQUESTS, 1)
+    q = jax.ShapeDtypeStruct((tokens, Q_HEADS, spec.head_dim), jnp.bfloat16)
 
     def first_layers(q, cache, batch):
         return straight(q, cache, 0, batch)
 
-    each = compile_for("h100", first_layers, q, abstract_cache(spec), abstract_batch(1), kind=row["gpu"])
+    each = compile_for("h100", first_layers, q, abstract_cache(spec), abstract_batch(max_q_len), kind=row["gpu"])
     assert_views_not_copied(each, spec)
     assert len(mosaic_kernels(each)) == 2
     assert found

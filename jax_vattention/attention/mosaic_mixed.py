@@ -31,14 +31,28 @@ from jax_vattention.attention import (
 )
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_view import Columns, pass_on
+from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
-_TILING = mosaic_prefill.Tiling(cluster=2, keep_keys=True, registers=(72, 216))
-"""Blocks that prefill leave more of what L2 delivers to those that decode, whose copying warpgroup has more to keep.
-What these read, each key once, would displace K and V of the prefill, which all tiles of queries read."""
 _COPIES = 2
-"""The warpgroup that copies; those before it multiply, of which decoding uses the first."""
+"""The first warpgroup that copies; those before it multiply. Decoding uses as many of each as a block has streams."""
+_REGISTERS_OF_TWO = 40
+"""Of a thread that copies, where two warpgroups do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling(mosaic_prefill.Tiling):
+    """What may be tuned: what a prefill has, and how decodes are read."""
+
+    cluster: int = 2
+    """Blocks that prefill leave more of what L2 delivers to those that decode,"""
+    registers: tuple[int, int] = (72, 216)
+    """whose copying warpgroup has more to keep."""
+    keep_keys: bool = True
+    """What decodes read, each key once, would displace K and V of the prefill, which all tiles of queries read."""
+    decode_streams: int = 1
+    """Of a block that decodes: while others do not, it has to read more than one warpgroup can multiply."""
 
 
 def run(
@@ -49,15 +63,20 @@ def run(
     features: Features,
     *,
     scale: float,
-    tiling: mosaic_prefill.Tiling | None = None,
+    tiling: Tiling | None = None,
     interpret: Any = False,
     interpret_tables: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`. Requests of one query are decodes."""
-    tiling = mosaic_prefill.tiling_of(tiling, _TILING, q, view, interpret=interpret)
+    if tiling is None:
+        tiling = tuned(tuned(Tiling(), "mosaic_prefill", view), "mosaic_mixed", view)
+    streams = tiling.decode_streams
+    tiling = mosaic_prefill.tiling_of(tiling, tiling, q, view, interpret=interpret)
     decode_tiling = decode_shape.default_tiling(q.shape[2], view.k.dtype)
     # Half of the blocks decode later than the others, which says nothing of their speed.
-    decode_tiling = dataclasses.replace(decode_tiling, blocks=min(decode_tiling.blocks, tiling.blocks), behind=0)
+    decode_tiling = dataclasses.replace(
+        decode_tiling, blocks=min(decode_tiling.blocks, tiling.blocks), streams=streams, behind=0
+    )
     decodes, first, chunks = parted(q, batch)
     one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
     decode = decode_shape.Shape.of(
@@ -81,7 +100,7 @@ def run(
         out_type=(*mosaic_prefill.results(prefill, q, order), *decode.parts(decodes)),
         scratch_types=_scratch(decode, prefill, tiling, view.k.dtype),
         **tiling.grid,
-        num_threads=_COPIES + 1,
+        num_threads=_COPIES + decode.tiling.streams,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
@@ -132,7 +151,7 @@ def _scratch(
         mosaic_prefill.scratch_types(prefill, tiling, dtype),
     )
     arrays, barriers = zip(*(_by_kind(each) for each in both), strict=True)
-    between = tiling.barrier(num_arrivals=_COPIES + 1)
+    between = tiling.barrier(num_arrivals=_COPIES + decode.tiling.streams)
     return {"memory": plgpu.RefUnion(*arrays), "barriers": barriers, "between": between}
 
 
@@ -152,8 +171,9 @@ def _mixed(
     warpgroup = lax.axis_index("warpgroup")
     own, others = (arrays | each for arrays, each in zip(memory, barriers, strict=True))
     layer = layer_ref[0] * prefill.layer_stride
-    computing, local = mosaic_prefill.Work.of(tiles, counts[0], prefill), jnp.int32(0)
-    reading = decode_split.Work(requests, streams, computing.block, decode.together)
+    computing = mosaic_prefill.Work.of(tiles, counts[0], prefill)
+    local = lax.rem(warpgroup, _COPIES) if decode.tiling.streams > 1 else jnp.int32(0)
+    reading = decode_split.Work(requests, streams, computing.block * decode.tiling.streams + local, decode.together)
 
     def in_both_orders(decodes: Callable[[], None], prefills: Callable[[], None]) -> None:
         def job(number, nothing):
@@ -163,18 +183,25 @@ def _mixed(
                 mosaic_prefill.meet(between)
 
             is_decode = lax.rem(computing.cluster, 2) == number
-            pl.when(is_decode & (computing.block < decode.streams))(decodes)
+            pl.when(is_decode & (computing.block < decode.tiling.blocks))(decodes)
             pl.when(jnp.logical_not(is_decode))(prefills)
             return nothing
 
         lax.fori_loop(0, 2, job, None)
 
-    @pl.when(warpgroup == _COPIES)
+    @pl.when(warpgroup >= _COPIES)
     def _():
-        plgpu.set_max_registers(tiling.registers[0], action="decrease")
-        pass_on(order, order_out, computing.block)
+        registers = tiling.registers[0] if decode.tiling.streams == 1 else _REGISTERS_OF_TWO
+        plgpu.set_max_registers(registers, action="decrease")
 
-        def prefills():
+        def alone(work: Callable[[], None]) -> None:
+            """By the first of the warpgroups that copy."""
+            pl.when(local == 0)(work) if decode.tiling.streams > 1 else work()
+
+        def fill_unread():
+            mosaic_join.fill(owners, requests, out_ref, computing.block, decode.tiling.blocks, unowned=False)
+
+        def prefill_copies():
             fill = functools.partial(mosaic_prefill.fill_gaps, computing, gaps, counts[1], out_ref, others["zero_smem"])
             copied = mosaic_prefill.copy(computing, layer, q_ref, k_ref, v_ref, fill, **others)
             mosaic_prefill.drain(computing, copied, **others)
@@ -182,16 +209,17 @@ def _mixed(
         def decodes():
             mosaic_decode.copy(decode, local, reading, layer, k_sets, v_sets, None, **own)
             if decode.joins:
-                mosaic_join.fill(owners, requests, out_ref, computing.block, decode.streams, unowned=False)
+                alone(fill_unread)
 
-        in_both_orders(decodes, prefills)
+        alone(functools.partial(pass_on, order, order_out, computing.block))
+        in_both_orders(decodes, functools.partial(alone, prefill_copies))
 
     @pl.when(warpgroup < _COPIES)
     def _():
         plgpu.set_max_registers(tiling.registers[1], action="increase")
 
         def decodes():
-            @pl.when(warpgroup == 0)
+            @pl.when(warpgroup < decode.tiling.streams)
             def _():
                 refs = mosaic_decode.Refs(q_tiles, None, 0, out_ref, parts_ref, lse_ref)
                 mosaic_decode.multiply(decode, local, reading, mosaic_decode.Wgmma, refs, own)

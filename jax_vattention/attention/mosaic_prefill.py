@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,9 @@ class Tiling(Tiles):
     """Of a thread that copies, and of one that multiplies."""
 
 
+_Tiling = TypeVar("_Tiling", bound=Tiling)
+
+
 def optimistic(dtype: Any) -> bool:
     """Whether a first attempt takes the maximum of each row's scores from its masked tiles, and keeps it.
 
@@ -144,7 +147,7 @@ def run(
     return launch(kernel, types, _CONSUMERS + 1, shape, q, view, order, batch, features, interpret=interpret)
 
 
-def tiling_of(tiling: Tiling | None, default: Tiling, q: jax.Array, view: LayerView, *, interpret: Any) -> Tiling:
+def tiling_of(tiling: _Tiling | None, default: _Tiling, q: jax.Array, view: LayerView, *, interpret: Any) -> _Tiling:
     """This one, or the default with what was tuned, with clusters that divide the blocks and the heads of a group."""
     tiling = tiling or tuned(default, "mosaic_prefill", view)
     cluster = math.gcd(tiling.cluster, q.shape[1] // view.num_kv_heads, tiling.blocks)
