@@ -81,7 +81,7 @@ class Tcgen05(mosaic_decode.Products):
     def scratch(shape: Shape, dtype: Any) -> dict[str, Any]:
         """K and V, in shared memory that it can read, and what it computes."""
         streams, block_k, head_dim = shape.tiling.streams, shape.tiling.block_k, shape.head_dim
-        width = Tcgen05.width(head_dim)
+        width = Tcgen05.width(shape)
         of_scores, of_sums = math.gcd(block_k // 2, head_dim), math.gcd(width // 2, block_k)
         k, v = ("k_wide", "v_wide") if shape.quantized else ("k_smem", "v_smem")
         stages, tile = ((), (block_k, head_dim)) if shape.quantized else ((shape.stages,), shape.tile)
@@ -96,9 +96,9 @@ class Tcgen05(mosaic_decode.Products):
         }
 
     @staticmethod
-    def width(head_dim: int) -> int:
+    def width(shape: Shape) -> int:
         """As many as a thread has registers for beside those of all others."""
-        return head_dim if head_dim <= 128 else math.gcd(head_dim, 128)
+        return shape.head_dim if shape.head_dim <= 128 else math.gcd(shape.head_dim, 128)
 
     def scores(self, q, k, meanwhile: Callable[[], None]) -> jax.Array:
         """See `Products`."""

@@ -41,6 +41,8 @@ class Tiling:
     streams: int = 1
     """Of a block."""
     blocks: int = _BLOCKS
+    widens: bool = False
+    """Whether V of float8 is widened by a warpgroup of its own, not by the one that multiplies."""
     together: int = 1
     """KV heads of a tile, 1 or 8: tokens are read with all of these heads at once, if there are as many."""
 
@@ -141,6 +143,11 @@ class Shape(CommonShape):
     def widened(self) -> tuple[str, ...]:
         """What is converted to float16 in shared memory."""
         return () if not self.quantized else ("v_wide",) if self.narrow else ("k_wide", "v_wide")
+
+    @property
+    def widens(self) -> bool:
+        """Whether a warpgroup of its own widens V."""
+        return self.tiling.widens and self.narrow
 
     @property
     def together(self) -> int:

@@ -51,6 +51,9 @@ from jax_vattention.cache import LayerView
 _LOG2_E = math.log2(math.e)
 _IDLE = 1e30
 """The maximum of a row that has no query: its weights are 0."""
+_REGISTERS = {(2, False): (208, 40), (1, True): (240, 96, 144), (2, True): (144, 40, 56)}
+"""Of a thread of the warpgroups that multiply, copy and widen, by streams of a block and whether a warpgroup widens.
+Those of one stream that does not each have all that a thread can have."""
 
 Parts = tuple[jax.Array, ...]
 """An array of `ROWS` rows in parts of `Products.width` columns each."""
@@ -70,7 +73,7 @@ class Products(Protocol):
         """Memory of a block that it needs besides, and what is to be otherwise; `dtype` is that of the queries."""
 
     @staticmethod
-    def width(head_dim: int) -> int:
+    def width(shape: Shape) -> int:
         """Columns of each array in which the result is added up."""
 
     def scores(self, q, k, meanwhile: Callable[[], None]) -> jax.Array:
@@ -96,9 +99,11 @@ class Wgmma(Products):
         return {}
 
     @staticmethod
-    def width(head_dim: int) -> int:
-        """All."""
-        return head_dim
+    def width(shape: Shape) -> int:
+        """All, where a thread has registers for it: six warpgroups leave it 80 to begin with, of which compilers say
+        that they are too few for a product of 128 columns."""
+        few = shape.widens and shape.tiling.streams > 1
+        return math.gcd(shape.head_dim, 64) if few else shape.head_dim
 
     def scores(self, q, k, meanwhile: Callable[[], None]) -> jax.Array:
         """See `Products`."""
@@ -112,15 +117,25 @@ class Wgmma(Products):
 
     def add(self, acc: Parts, shrunk: Callable[[jax.Array], jax.Array], weights: jax.Array, v) -> Parts:
         """See `Products`."""
-        whole = shrunk(*acc)
+        return tuple(
+            self._add_part(shrunk(part), weights, columns) for part, columns in zip(acc, _parts(v, acc), strict=True)
+        )
 
+    def _add_part(self, part: jax.Array, weights: jax.Array, v) -> jax.Array:
         def product(ref):
             if not self._interpreted:  # which has no accumulators that begin with a value
-                ref[...] = whole
+                ref[...] = part
             plgpu.wgmma(ref, weights, v)
-            return ref[...] + whole if self._interpreted else ref[...]
+            return ref[...] + part if self._interpreted else ref[...]
 
-        return (pl.run_scoped(product, plgpu.ACC((ROWS, whole.shape[1]), jnp.float32)),)
+        return pl.run_scoped(product, plgpu.ACC((ROWS, part.shape[1]), jnp.float32))
+
+
+def _parts(v, acc: Parts) -> list[Any]:
+    """The columns of V that each of `acc` is of."""
+    if len(acc) == 1:
+        return [v]
+    return [v.at[:, pl.ds(number * part.shape[1], part.shape[1])] for number, part in enumerate(acc)]
 
 
 def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
@@ -183,7 +198,7 @@ def run(
         | products.scratch(shape, queries.dtype),
         grid=(shape.tiling.blocks,),
         grid_names=("block",),
-        num_threads=2 * shape.tiling.streams,
+        num_threads=(3 if shape.widens else 2) * shape.tiling.streams,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
@@ -239,6 +254,7 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
         "v_tail_ready": plgpu.Barrier(num_arrivals=boxes, num_barriers=many),
         "k_free": plgpu.Barrier(num_barriers=many),
         "v_free": plgpu.Barrier(num_barriers=many),
+        **({name: plgpu.Barrier(num_barriers=streams) for name in ("wide_ready", "wide_free")} if shape.widens else {}),
         **({"flags": plgpu.SMEM((streams, 2), jnp.int32)} if shape.joins else {}),
     }
 
@@ -276,11 +292,12 @@ def _decode(
     warpgroup, block, count = lax.axis_index("warpgroup"), lax.axis_index("block"), shape.tiling.streams
     local = lax.rem(warpgroup, count)
     work = Work(requests, streams, block * count + local, shape.together)
+    limited = _REGISTERS.get((count, shape.widens), ())
 
-    @pl.when(warpgroup >= count)
+    @pl.when((warpgroup >= count) & (warpgroup < 2 * count))
     def _():
-        if count > 1:  # as one stream's two warpgroups each have all the registers that a thread can have
-            plgpu.set_max_registers(40, action="decrease")
+        if limited:
+            plgpu.set_max_registers(limited[1], action="decrease")
         copy(shape, local, work, layer_ref[0] * shape.layer_stride, k_ref, v_ref, pages, **scratch)
 
         @pl.when(local == 0)
@@ -289,10 +306,17 @@ def _decode(
             if shape.joins:
                 mosaic_join.fill(owners, requests, out_ref, block, shape.tiling.blocks, unowned=True)
 
+    def widens():
+        plgpu.set_max_registers(limited[2], action="decrease")
+        widen(shape, local, work, **scratch)
+
+    if shape.widens:
+        pl.when(warpgroup >= 2 * count)(widens)
+
     @pl.when(warpgroup < count)
     def _():
-        if count > 1:
-            plgpu.set_max_registers(208, action="increase")
+        if limited:
+            plgpu.set_max_registers(limited[0], action="increase")
         first_scale = 2 * shape.num_kv_heads * layer_ref[0]
         refs = Refs(q_ref, scales, first_scale, out_ref, parts_ref, lse_ref)
         multiply(shape, local, work, products, refs, scratch)
@@ -367,6 +391,38 @@ def copy(
         wait_until_free(free, state.free, state.tiles)
 
 
+def widen(
+    shape: Shape, local, work: Work, *, v_smem, v_wide, v_ready, v_tail_ready, v_free, wide_ready, wide_free, **_
+):  # fmt: skip
+    """The warpgroup that converts V for the stream with this number in its block."""
+
+    def until_free():
+        plgpu.barrier_wait(wide_free.at[local])
+
+    def piece(piece: Piece, before):
+        whole = piece.whole_tiles(shape.tile_tokens)
+        masked_before, plain_end, tiles = _tile_kinds(shape, piece)
+
+        def tile(tile, tiles, *, masked: bool):
+            stage = lax.rem(tiles, shape.stages)
+            barrier, first = local * shape.stages + stage, piece.first + tile * shape.tile_tokens
+            _wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
+            pl.when(tiles > 0)(until_free)
+            inside = functools.partial(_inside, shape, piece, first) if masked else None
+            _widen(as_rows(v_smem.at[local, stage]), v_wide.at[local], inside)
+            plgpu.barrier_arrive(v_free.at[barrier])
+            plgpu.barrier_arrive(wide_ready.at[local])
+            return tiles + 1
+
+        done = before
+        if shape.window is not None:
+            done = lax.fori_loop(0, masked_before, functools.partial(tile, masked=True), done)
+        done = lax.fori_loop(masked_before, plain_end, functools.partial(tile, masked=False), done)
+        return lax.fori_loop(plain_end, tiles, functools.partial(tile, masked=True), done)
+
+    pl.when(work.each_piece(piece, jnp.int32(0)) > 0)(until_free)
+
+
 def _copy(shape: Shape, ref, row, column, head, smem, part: int, size: int, ready) -> None:
     """Copies so many tokens of a set to where token `part` of a tile is."""
     # Partial results and tables stay in L2 then. Where rows are longer, and there is less to join, nothing is gained.
@@ -420,19 +476,20 @@ class _Computing:
     def __init__(
         self, shape: Shape, local, work: Work, products: type[Products], refs: Refs, *, q_smem, k_smem, v_smem, q_ready,
         k_ready, v_ready, k_tail_ready, v_tail_ready, k_free, v_free, q_parts=None, k_wide=None, v_wide=None,
-        out_smem=None, part_smem=None, flags=None, **memory,
+        out_smem=None, part_smem=None, flags=None, wide_ready=None, wide_free=None, **memory,
     ):  # fmt: skip
         def own(array):
             return None if array is None else array.at[local]
 
         self.shape, self.local, self.work, self.refs = shape, local, work, refs
-        self.products, self.width = products(shape, local, **memory), products.width(shape.head_dim)
+        self.products, self.width = products(shape, local, **memory), products.width(shape)
         self.queries, self.queries_ready = own(q_smem), q_ready
         self.query_parts, self.k_wide, self.v_wide = own(q_parts), own(k_wide), own(v_wide)
         self.k, self.v = own(k_smem), own(v_smem)
         self.k_ready, self.v_ready = (k_ready, k_tail_ready), (v_ready, v_tail_ready)
         self.k_free, self.v_free = k_free, v_free
         self.out_rows, self.part_rows, self.flags = own(out_smem), own(part_smem), own(flags)
+        self.wide_ready, self.wide_free = own(wide_ready), own(wide_free)
 
     def run(self) -> None:
         """All that the stream has to do."""
@@ -538,7 +595,7 @@ class _Computing:
             k = self.k_wide
 
         def meanwhile():
-            if self.v_wide is not None:
+            if self.v_wide is not None and not shape.widens:
                 _wait(*self.v_ready, barrier, tile >= whole, masked)
                 _widen(v, self.v_wide, functools.partial(_inside, shape, piece, first) if masked else None)
                 plgpu.barrier_arrive(self.v_free.at[barrier])
@@ -552,10 +609,14 @@ class _Computing:
             _wait(*self.v_ready, barrier, tile >= whole, masked)
             if masked:
                 _clear_unseen(shape, v, piece, first)
+        if shape.widens:
+            plgpu.barrier_wait(self.wide_ready)
         shrunk = functools.partial(_shrunk, shape, shrink)
         acc = self.products.add(state.acc, shrunk, weights, v if self.v_wide is None else self.v_wide)
         if self.v_wide is None:
             plgpu.barrier_arrive(self.v_free.at[barrier])
+        if shape.widens:
+            plgpu.barrier_arrive(self.wide_free)
         return _State(state.tiles + 1, maximum, total, acc)
 
     def _store(self, piece: Piece, maximum: jax.Array, total: jax.Array, acc: Parts) -> None:

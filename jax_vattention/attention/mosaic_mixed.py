@@ -43,12 +43,12 @@ _REGISTERS_OF_TWO = 40
 
 @dataclasses.dataclass(frozen=True)
 class Tiling(mosaic_prefill.Tiling):
-    """What may be tuned: what a prefill has, and how decodes are read."""
+    """What may be tuned: what a prefill has, with other defaults, and how decodes are read."""
 
     cluster: int = 2
-    """Blocks that prefill leave more of what L2 delivers to those that decode,"""
+    """Blocks that prefill together leave more of what L2 delivers to those that decode."""
     registers: tuple[int, int] = (72, 216)
-    """whose copying warpgroup has more to keep."""
+    """The warpgroup that copies does so for both, and has more to keep. Where two do, each has `_REGISTERS_OF_TWO`."""
     keep_keys: bool = True
     """What decodes read, each key once, would displace K and V of the prefill, which all tiles of queries read."""
     decode_streams: int = 1
