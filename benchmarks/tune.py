@@ -42,8 +42,11 @@ class Kernel(NamedTuple):
     head_dims: tuple[int, ...]
     kv_dtypes: tuple[str, ...]
 
-    def candidates(self, default: Any) -> Iterator[dict[str, Any]]:
-        """The fields of this default, then all others, those first that differ from it in few."""
+    def candidates(self, default: Any, kv_dtype: str) -> Iterator[dict[str, Any]]:
+        """The fields of this default, then all others, those first that differ from it in few.
+
+        One of several that are the same: `mark` says nothing without `behind`, nor `widens` but with float8.
+        """
         own = {name: getattr(default, name) for name in self.fields}
 
         def differ(found: dict[str, Any]) -> int:
@@ -52,8 +55,9 @@ class Kernel(NamedTuple):
         others = (dict(zip(self.fields, values, strict=True)) for values in itertools.product(*self.fields.values()))
         yield own
         for found in sorted(others, key=differ):
-            no_marks = found.get("behind") == 0  # then their number says nothing
-            if found != own and not (no_marks and found["mark"] != own["mark"]):
+            no_marks = found.get("behind") == 0 and found["mark"] != own["mark"]
+            nothing_to_widen = found.get("widens") and kv_dtype != "float8_e4m3fn"
+            if found != own and not (no_marks or nothing_to_widen):
                 yield found
 
 
@@ -61,7 +65,14 @@ KERNELS = {
     "mosaic_decode": Kernel(
         mosaic_decode,
         decode_shape.default_tiling,
-        {"block_k": (64, 128), "stages": (2, 3), "behind": (0, 1), "mark": (2, 4, 8), "streams": (1, 2)},
+        {
+            "block_k": (64, 128),
+            "stages": (2, 3),
+            "behind": (0, 1),
+            "mark": (2, 4, 8),
+            "streams": (1, 2),
+            "widens": (False, True),
+        },
         ("8x16384", "256x1024"),
         (64, 96, 128, 192, 256),
         ("bfloat16", "float8_e4m3fn"),
@@ -144,7 +155,7 @@ def _measured(
     default = kernel.default(sizes.head_dim, kv_dtype)
     readers = {
         json.dumps(fields): _reader(kernel.module, dataclasses.replace(default, **fields))
-        for fields in kernel.candidates(default)
+        for fields in kernel.candidates(default, kv_dtype)
     }
     found: dict[str, list[Outcome]] = {name: [] for name in readers}
     for work in kernel.works:

@@ -475,10 +475,12 @@ def test_what_is_tuned_is_what_the_kernels_have():
     for name, kernel in tune.KERNELS.items():
         for head_dim, kv_dtype in itertools.product(kernel.head_dims, kernel.kv_dtypes):
             default = kernel.default(head_dim, kv_dtype)
-            candidates = list(kernel.candidates(default))
+            candidates = list(kernel.candidates(default, kv_dtype))
             assert all(dataclasses.replace(default, **fields) for fields in candidates)
             assert dataclasses.replace(default, **candidates[0]) == default
             assert len({json.dumps(fields) for fields in candidates}) == len(candidates)
+            widen = [fields.get("widens", False) for fields in candidates]
+            assert any(widen) == (name == "mosaic_decode" and kv_dtype == "float8_e4m3fn")
             changes = [sum(fields[name] != candidates[0][name] for name in fields) for fields in candidates]
             assert changes == sorted(changes), "a run whose time is short has tried what is next to the defaults"
         assert set(kernel.works) <= {work.name for work in tune._WORKS.values()}, name
