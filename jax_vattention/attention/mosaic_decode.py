@@ -52,8 +52,8 @@ _LOG2_E = math.log2(math.e)
 _IDLE = 1e30
 """The maximum of a row that has no query: its weights are 0."""
 _REGISTERS = {(2, False): (208, 40), (1, True): (240, 96, 144), (2, True): (144, 40, 56)}
-"""Of a thread of the warpgroups that multiply, copy and widen, by streams of a block and whether a warpgroup widens.
-Those of one stream that does not each have all that a thread can have."""
+"""Of a thread of the warpgroups that multiply, copy and widen, by the streams of a block and whether V is widened by
+warpgroups of its own. Where there are two warpgroups only, a thread of each has all that it can have."""
 
 Parts = tuple[jax.Array, ...]
 """An array of `ROWS` rows in parts of `Products.width` columns each."""
@@ -504,9 +504,9 @@ class _Computing:
             pl.when(self.work.num_pairs > 0)(self._join)
 
     def _clear_idle_rows(self) -> None:
-        """A product has more rows than there are queries, and of zeros it takes less power than of what was there.
+        """A product has more rows than there are queries. Of zeros it takes less power than of what was there before.
 
-        Power is what a GPU lacks when it reads memory at full speed.
+        A GPU that reads memory at full speed may be at its power limit, and then its clocks pay.
         """
         if self.shape.product_rows == ROWS:
             return
