@@ -401,7 +401,6 @@ def widen(
 
     def piece(piece: Piece, before):
         whole = piece.whole_tiles(shape.tile_tokens)
-        masked_before, plain_end, tiles = _tile_kinds(shape, piece)
 
         def tile(tile, tiles, *, masked: bool):
             stage = lax.rem(tiles, shape.stages)
@@ -414,11 +413,7 @@ def widen(
             plgpu.barrier_arrive(wide_ready.at[local])
             return tiles + 1
 
-        done = before
-        if shape.window is not None:
-            done = lax.fori_loop(0, masked_before, functools.partial(tile, masked=True), done)
-        done = lax.fori_loop(masked_before, plain_end, functools.partial(tile, masked=False), done)
-        return lax.fori_loop(plain_end, tiles, functools.partial(tile, masked=True), done)
+        return _each_tile(shape, piece, tile, before)
 
     pl.when(work.each_piece(piece, jnp.int32(0)) > 0)(until_free)
 
@@ -534,12 +529,7 @@ class _Computing:
             self._load_queries(piece.number + 1, *self.work.queries_after(piece))
 
         tile = functools.partial(self._tile, piece, *self._begin(piece))
-        masked_before, plain_end, tiles = _tile_kinds(self.shape, piece)
-        state = self._nothing(before)
-        if self.shape.window is not None:
-            state = lax.fori_loop(0, masked_before, functools.partial(tile, masked=True), state)
-        state = lax.fori_loop(masked_before, plain_end, functools.partial(tile, masked=False), state)
-        state = lax.fori_loop(plain_end, tiles, functools.partial(tile, masked=True), state)
+        state = _each_tile(self.shape, piece, tile, self._nothing(before))
 
         total = state.total.sum(axis=1)
         pl.when(piece.first < piece.end)(lambda: self._store(piece, state.maximum, total, state.acc))
@@ -773,6 +763,16 @@ def _wait(ready, tail_ready, barrier, is_tail, masked: bool) -> None:
     @pl.when(jnp.logical_not(is_tail))
     def _():
         plgpu.barrier_wait(ready.at[barrier])
+
+
+def _each_tile(shape: Shape, piece: Piece, tile: Callable[..., Any], state: Any) -> Any:
+    """`state = tile(number, state, masked=...)` for every tile of a piece."""
+    masked_before, plain_end, tiles = _tile_kinds(shape, piece)
+    masked, plain = functools.partial(tile, masked=True), functools.partial(tile, masked=False)
+    if shape.window is not None:
+        state = lax.fori_loop(0, masked_before, masked, state)
+    state = lax.fori_loop(masked_before, plain_end, plain, state)
+    return lax.fori_loop(plain_end, tiles, masked, state)
 
 
 def _tile_kinds(shape: Shape, piece: Piece) -> tuple[Any, jax.Array, jax.Array]:

@@ -31,7 +31,6 @@ from jax_vattention.attention import (
 )
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_view import Columns, pass_on
-from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
@@ -68,15 +67,12 @@ def run(
     interpret_tables: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`. Requests of one query are decodes."""
-    if tiling is None:
-        tiling = tuned(tuned(Tiling(), "mosaic_prefill", view), "mosaic_mixed", view)
-    streams = tiling.decode_streams
-    tiling = mosaic_prefill.tiling_of(tiling, tiling, q, view, interpret=interpret)
+    kernels = "mosaic_prefill", "mosaic_mixed"
+    tiling = mosaic_prefill.tiling_of(tiling, Tiling(), q, view, kernels=kernels, interpret=interpret)
     decode_tiling = decode_shape.default_tiling(q.shape[2], view.k.dtype)
     # Half of the blocks decode later than the others, which says nothing of their speed.
-    decode_tiling = dataclasses.replace(
-        decode_tiling, blocks=min(decode_tiling.blocks, tiling.blocks), streams=streams, behind=0
-    )
+    blocks = min(decode_tiling.blocks, tiling.blocks)
+    decode_tiling = dataclasses.replace(decode_tiling, blocks=blocks, streams=tiling.decode_streams, behind=0)
     decodes, first, chunks = parted(q, batch)
     one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
     decode = decode_shape.Shape.of(
@@ -172,7 +168,7 @@ def _mixed(
     own, others = (arrays | each for arrays, each in zip(memory, barriers, strict=True))
     layer = layer_ref[0] * prefill.layer_stride
     computing = mosaic_prefill.Work.of(tiles, counts[0], prefill)
-    local = lax.rem(warpgroup, _COPIES) if decode.tiling.streams > 1 else jnp.int32(0)
+    local = lax.rem(warpgroup, decode.tiling.streams)
     reading = decode_split.Work(requests, streams, computing.block * decode.tiling.streams + local, decode.together)
 
     def in_both_orders(decodes: Callable[[], None], prefills: Callable[[], None]) -> None:
@@ -196,7 +192,7 @@ def _mixed(
 
         def alone(work: Callable[[], None]) -> None:
             """By the first of the warpgroups that copy."""
-            pl.when(local == 0)(work) if decode.tiling.streams > 1 else work()
+            pl.when(local == 0)(work)
 
         def fill_unread():
             mosaic_join.fill(owners, requests, out_ref, computing.block, decode.tiling.blocks, unowned=False)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -147,9 +147,22 @@ def run(
     return launch(kernel, types, _CONSUMERS + 1, shape, q, view, order, batch, features, interpret=interpret)
 
 
-def tiling_of(tiling: _Tiling | None, default: _Tiling, q: jax.Array, view: LayerView, *, interpret: Any) -> _Tiling:
-    """This one, or the default with what was tuned, with clusters that divide the blocks and the heads of a group."""
-    tiling = tiling or tuned(default, "mosaic_prefill", view)
+def tiling_of(
+    tiling: _Tiling | None,
+    default: _Tiling,
+    q: jax.Array,
+    view: LayerView,
+    *,
+    kernels: Sequence[str] = ("mosaic_prefill",),
+    interpret: Any,
+) -> _Tiling:
+    """This one, or the default with what was tuned, with clusters that divide the blocks and the heads of a group.
+
+    Args:
+      kernels: of which rows of what was tuned are taken, the last one before the others.
+    """
+    if tiling is None:
+        tiling = functools.reduce(lambda found, kernel: tuned(found, kernel, view), kernels, default)
     cluster = math.gcd(tiling.cluster, q.shape[1] // view.num_kv_heads, tiling.blocks)
     # The interpreter does not know the shared memory of other blocks.
     return dataclasses.replace(tiling, cluster=1 if interpret else cluster)
