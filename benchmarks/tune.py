@@ -41,11 +41,14 @@ class Kernel(NamedTuple):
     works: tuple[str, ...]
     head_dims: tuple[int, ...]
     kv_dtypes: tuple[str, ...]
+    option: str = "tiling"
+    """Of the module's `run`."""
 
     def candidates(self, default: Any, kv_dtype: str) -> Iterator[dict[str, Any]]:
         """The fields of this default, then all others, those first that differ from it in few.
 
-        One of several that are the same: `mark` says nothing without `behind`, nor `widens` but with float8.
+        One of several that are the same: `mark` and `after` say nothing without `behind`, `widens` but with float8, nor
+        `keys_as_rows` with it.
         """
         own = {name: getattr(default, name) for name in self.fields}
 
@@ -55,12 +58,14 @@ class Kernel(NamedTuple):
         others = (dict(zip(self.fields, values, strict=True)) for values in itertools.product(*self.fields.values()))
         yield own
         for found in sorted(others, key=differ):
-            no_marks = found.get("behind") == 0 and found["mark"] != own["mark"]
-            nothing_to_widen = found.get("widens") and kv_dtype != "float8_e4m3fn"
-            if found != own and not (no_marks or nothing_to_widen):
+            pace = [name for name in ("mark", "after") if name in found]
+            no_marks = found.get("behind") == 0 and any(found[name] != own[name] for name in pace)
+            of_others = "widens" if kv_dtype != "float8_e4m3fn" else "keys_as_rows"
+            if found != own and not (no_marks or found.get(of_others)):
                 yield found
 
 
+_MIXED = "2048 at 0, 64x4096", "2048 at 30720, 64x4096"
 KERNELS = {
     "mosaic_decode": Kernel(
         mosaic_decode,
@@ -72,6 +77,7 @@ KERNELS = {
             "mark": (2, 4, 8),
             "streams": (1, 2),
             "widens": (False, True),
+            "keys_as_rows": (False, True),
         },
         ("8x16384", "256x1024"),
         (64, 96, 128, 192, 256),
@@ -80,10 +86,26 @@ KERNELS = {
     "mosaic_mixed": Kernel(
         mosaic_mixed,
         lambda head_dim, kv_dtype: mosaic_mixed.Tiling(),
-        {"cluster": (1, 2), "decode_streams": (1, 2)},
-        ("2048 at 0, 64x4096", "2048 at 30720, 64x4096"),
+        {"cluster": (1, 2), "keep_keys": (True, False)},
+        _MIXED,
         (64, 128),
         ("bfloat16",),
+    ),
+    "mosaic_mixed_decode": Kernel(
+        mosaic_mixed,
+        mosaic_mixed.default_decode_tiling,
+        {
+            "block_k": (64, 128),
+            "stages": (2, 3),
+            "behind": (0, 1),
+            "mark": (2, 4),
+            "after": (0.3, 0.9),
+            "keys_as_rows": (False, True),
+        },
+        _MIXED,
+        (64, 128),
+        ("bfloat16",),
+        option="decode_tiling",
     ),
     "mosaic_prefill": Kernel(
         mosaic_prefill,
@@ -154,7 +176,7 @@ def _measured(
     """Each candidate and its outcome on each shape."""
     default = kernel.default(sizes.head_dim, kv_dtype)
     readers = {
-        json.dumps(fields): _reader(kernel.module, dataclasses.replace(default, **fields))
+        json.dumps(fields): _reader(kernel, dataclasses.replace(default, **fields))
         for fields in kernel.candidates(default, kv_dtype)
     }
     found: dict[str, list[Outcome]] = {name: [] for name in readers}
@@ -170,9 +192,9 @@ def _measured(
     return [(json.loads(name), outcomes) for name, outcomes in found.items()]
 
 
-def _reader(module: ModuleType, tiling: Any) -> _attention.Reader:
-    kernel = functools.partial(module.run, tiling=tiling)
-    return lambda work: functools.partial(_attention.attend_through, kernel)
+def _reader(kernel: Kernel, tiling: Any) -> _attention.Reader:
+    run = functools.partial(kernel.module.run, **{kernel.option: tiling})
+    return lambda work: functools.partial(_attention.attend_through, run)
 
 
 def compared(found: Sequence[tuple[dict[str, Any], Sequence[Outcome]]]) -> list[dict[str, Any]]:

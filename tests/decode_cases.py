@@ -1,4 +1,4 @@
-"""Decode kernels in Pallas' interpreter for Mosaic GPU, against the float32 reference."""
+"""Decode kernels against the float32 reference, in Pallas' interpreter for Mosaic GPU."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +13,14 @@ from jax_vattention.attention.features import Features
 
 def check_decode(
     run, lengths, *, tiling, queries=None, head_dim=64, kv_heads=2, group=4, dtype="bfloat16", layout="token_major",
-    window=None, prefix=None, soft_cap=None, sinks=False, paged=False,
+    window=None, prefix=None, soft_cap=None, sinks=False, paged=False, interpreted=True,
 ):  # fmt: skip
-    """`run` of a kernel, for requests of these lengths and numbers of queries; one unless said, and none of nothing."""
-    params = interpreter()
+    """`run` of a kernel, for requests of these lengths and numbers of queries; one unless said, and none of nothing.
+
+    Args:
+      interpreted: or on the GPU.
+    """
+    params = interpreter() if interpreted else False
     requests = len(lengths)
     q_lens = [int(length > 0) for length in lengths] if queries is None else queries
     groups = () if window is None else (LayerGroup((0, 1), window=window),)
@@ -43,11 +47,12 @@ def check_decode(
     features = Features(soft_cap, logits, None if prefix is None else jnp.asarray(prefix, jnp.int32))
     out, order = run(
         q, cache.layer_view(1), cache.order, batch, features, scale=head_dim**-0.5, tiling=tiling, **paging,
-        interpret=params, interpret_tables=True,
+        interpret=params, interpret_tables=interpreted,
     )  # fmt: skip
     np.testing.assert_array_equal(order, 0)
     out = np.asarray(out.astype(jnp.float32))
-    assert_no_races()
+    if interpreted:
+        assert_no_races()
     np.testing.assert_array_equal(out[-2:], 0)
     wide, at = np.asarray(q.astype(jnp.float32)), 0
     for row, (length, count) in enumerate(zip(lengths, q_lens, strict=True)):

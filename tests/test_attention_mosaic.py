@@ -24,11 +24,26 @@ from jax_vattention.attention import (
     mosaic_mixed,
     mosaic_pace,
     mosaic_prefill,
+    mosaic_rows,
     target,
 )
 from jax_vattention.attention.features import Features
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+
+# Queries are columns of products.
+COLUMNS = [
+    ([130, 1, 64, 63, 300], {"keys_as_rows": True, "blocks": 1, "head_dim": 128, "block_k": 128}),
+    ([0, 33, 0, 600, 0, 5], {"keys_as_rows": True, "blocks": 3, "streams": 2}),
+    ([257, 64], {"keys_as_rows": True, "layout": "layer_major", "group": 8, "dtype": "float16", "head_dim": 192}),
+    ([70, 200], {"keys_as_rows": True, "group": 12, "kv_heads": 1, "soft_cap": 2.0, "sinks": True}),
+    ([300, 40, 101, 0], {"keys_as_rows": True, "window": 100, "block_k": 128}),
+    ([130, 60, 9], {"keys_as_rows": True, "queries": [3, 3, 3], "prefix": [129, 0, 5], "blocks": 3}),
+    ([220, 33], {"keys_as_rows": True, "queries": [4, 1], "window": 50, "behind": 1}),
+    ([130, 40], {"keys_as_rows": True, "paged": True}),
+    ([100, 7, 0, 33], {"keys_as_rows": True, "kv_heads": 8, "together": 1}),
+]
 
 
 @pytest.mark.parametrize(
@@ -69,22 +84,34 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
         ([130, 0, 33], {"dtype": "float8_e4m3fn", "widens": True}),
         ([50, 0, 19], {"kv_heads": 8, "dtype": "float8_e4m3fn", "streams": 2, "widens": True, "head_dim": 128}),
         ([150, 70], {"dtype": "float8_e4m3fn", "group": 2, "queries": [3, 1], "window": 60, "widens": True}),
+        *COLUMNS,
     ],
     ids=str,
 )
 def test_in_the_interpreter(lengths, options):
-    options = {"blocks": 2, "together": 8} | options
+    check_tiled(lengths, {"together": 8} | options)
+
+
+def check_tiled(lengths, options, **also):
+    options = {"blocks": 2} | options
     fields = {field.name for field in dataclasses.fields(decode_shape.Tiling)}
     tiling = decode_shape.Tiling(**{name: options[name] for name in options.keys() & fields})
     options = {name: options[name] for name in options.keys() - fields}
-    check_decode(mosaic_decode.run, lengths, tiling=tiling, **options)
+    check_decode(mosaic_decode.run, lengths, tiling=tiling, **options, **also)
 
 
-class Leaking(mosaic_decode.Wgmma):
+@pytest.mark.gpu
+@pytest.mark.parametrize(("lengths", "options"), COLUMNS, ids=str)
+def test_queries_as_columns(lengths, options):
+    check_tiled(lengths, options, interpreted=False)
+    check_tiled(lengths, options | {"blocks": 128}, interpreted=False)
+
+
+class Leaking(mosaic_rows.Wgmma):
     """Adds what is in idle rows of queries and of weights to all scores and weights."""
 
-    def __init__(self, shape, local):
-        super().__init__(shape, local)
+    def __init__(self, shape, local, **memory):
+        super().__init__(shape, local, **memory)
         self.used = shape.product_rows
 
     def leak(self, operand, dtype):
@@ -397,14 +424,18 @@ MIXED = [
     ([(40, 300), (1, 300), (1, 20)], {"window": 50, "sinks": True, "soft_cap": 2.0}),
     ([(40, 140), (1, 30), (1, 90)], {"prefix_lens": [100, 30, 85], "head_dim": 128}),
     ([(100, 300), (1, 90)], {"large": (60, 2**12, 1)}),
-    ([(5, 5), (1, 200), (150, 300), (1, 90), (1, 310)], {"blocks": 3, "decode_streams": 2}),
-    ([(40, 300), (1, 300), (1, 20)], {"window": 50, "sinks": True, "decode_streams": 2}),
+    ([(5, 5), (1, 200), (150, 300), (1, 90), (1, 310)], {"blocks": 3, "decode": {"behind": 1, "mark": 2}}),
+    ([(5, 5), (1, 200), (150, 300), (1, 90), (1, 310)], {"blocks": 3, "decode": {"keys_as_rows": True}}),
+    ([(40, 300), (1, 300), (1, 20)], {"window": 50, "sinks": True, "decode": {"keys_as_rows": True, "block_k": 128}}),
 ]
 
 
-def check_mixed(requests, **options):
+def check_mixed(requests, *, decode=None, **options):
+    decode_tiling = decode and decode_shape.Tiling(**decode)
+
     def run(*arguments, interpret, **also):
-        return mosaic_mixed.run(*arguments, interpret=interpret, interpret_tables=bool(interpret), **also)
+        also |= {"interpret": interpret, "interpret_tables": bool(interpret)}
+        return mosaic_mixed.run(*arguments, decode_tiling=decode_tiling, **also)
 
     prefill_cases.check(types.SimpleNamespace(run=run, Tiling=mosaic_mixed.Tiling), requests, **options)
 

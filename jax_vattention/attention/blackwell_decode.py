@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention import mosaic_decode
+from jax_vattention.attention import mosaic_decode, mosaic_rows
 from jax_vattention.attention.decode_shape import Shape, Tiling
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_decode import Parts
+from jax_vattention.attention.mosaic_compute import Parts
 from jax_vattention.attention.mosaic_decode import refusal as refusal
 from jax_vattention.attention.mosaic_view import ROWS, swizzled
 from jax_vattention.batch import RaggedBatch
@@ -64,14 +64,16 @@ def default_tiling(head_dim: int) -> Tiling:
     return Tiling(block_k=block_k, streams=streams, blocks=BLOCKS, together=1)
 
 
-class Tcgen05(mosaic_decode.Products):
+class Tcgen05(mosaic_rows.Products):
     """Those of a Blackwell GPU, whose tensor cores add up in TMEM, and take both operands from shared memory.
 
     A product's 64 rows lie in all 128 lanes of TMEM, one half of its columns beside the other, and what is swizzled
     together may not be in both halves; both operands are swizzled alike.
     """
 
-    def __init__(self, shape: Shape, local: jax.Array, *, weights_smem, scores_tmem, sums_tmem, multiplied) -> None:
+    def __init__(
+        self, shape: Shape, local: jax.Array, *, weights_smem, scores_tmem, sums_tmem, multiplied, **_
+    ) -> None:
         del shape
         self._weights, self._multiplied = weights_smem.at[local], multiplied.at[local]
         self._scores = scores_tmem.at[local]

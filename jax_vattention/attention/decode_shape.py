@@ -38,11 +38,15 @@ class Tiling:
     """More of them, of a stream that is slower than the others (see `mosaic_pace`),"""
     mark: int = 4
     """which is found out every so many tiles."""
+    after: float = 0.9
+    """Of the others: who comes to a mark after this share of them is behind."""
     streams: int = 1
     """Of a block."""
     blocks: int = _BLOCKS
     widens: bool = False
     """Whether V of float8 is widened by a warpgroup of its own, not by the one that multiplies."""
+    keys_as_rows: bool = False
+    """Of products, and queries as their columns, where the kernel can (see `Shape.keys_as_rows`)."""
     together: int = 1
     """KV heads of a tile, 1 or 8: tokens are read with all of these heads at once, if there are as many."""
 
@@ -60,13 +64,15 @@ def default_tiling(head_dim: int, kv_dtype: Any, pairs: int | None = None) -> Ti
     """
     itemsize = jnp.dtype(kv_dtype).itemsize
     # Of the longest rows three tiles do not fit. Tiles of float8 take longer to multiply.
-    behind, mark = int(head_dim * itemsize < 2 * _SHORT), 2 if itemsize == 1 else 4
+    pace: dict[str, Any] = {"behind": int(head_dim * itemsize < 2 * _SHORT)}
+    if itemsize == 1:
+        pace |= {"mark": 2, "after": 0.8}
     if head_dim * itemsize >= _SHORT:
-        return Tiling(behind=behind, mark=mark)
+        return Tiling(**pace)
     # Where streams share few pairs, there is much to join of a set of heads; of one head it is little.
     apart = pairs is not None and pairs <= _BLOCKS and itemsize == 1 and head_dim >= 128
     # As many bytes in a tile as of rows that are not short.
-    return Tiling(block_k=128 if head_dim <= 128 else 64, together=1 if apart else BOX, behind=behind, mark=mark)
+    return Tiling(block_k=128 if head_dim <= 128 else 64, together=1 if apart else BOX, **pace)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +139,11 @@ class Shape(CommonShape):
     def product_rows(self) -> int:
         """Rows of a product, from the first on, that come of rows of the query tile. The others are idle."""
         return 2 * self.rows if self.narrow else self.rows
+
+    @property
+    def keys_as_rows(self) -> bool:
+        """Whether keys are the rows of products: those of one head, and not of float8 or in half a swizzled tile."""
+        return self.tiling.keys_as_rows and not self.quantized and self.together == 1 and self.head_dim % 64 == 0
 
     @property
     def narrow(self) -> bool:

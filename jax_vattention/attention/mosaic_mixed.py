@@ -25,33 +25,33 @@ from jax_vattention.attention import (
     decode_split,
     mosaic_decode,
     mosaic_join,
+    mosaic_pace,
     mosaic_prefill,
     prefill_shape,
     prefill_split,
 )
 from jax_vattention.attention.features import Features
+from jax_vattention.attention.mosaic_compute import Refs
+from jax_vattention.attention.mosaic_rows import Wgmma
 from jax_vattention.attention.mosaic_view import Columns, pass_on
+from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
 _COPIES = 2
-"""The first warpgroup that copies; those before it multiply. Decoding uses as many of each as a block has streams."""
-_REGISTERS_OF_TWO = 40
-"""Of a thread that copies, where two warpgroups do."""
+"""The warpgroup that copies; those before it multiply, in decoding the first of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling(mosaic_prefill.Tiling):
-    """What may be tuned: what a prefill has, with other defaults, and how decodes are read."""
+    """What may be tuned: what a prefill has, with other defaults."""
 
     cluster: int = 2
     """Blocks that prefill together leave more of what L2 delivers to those that decode."""
     registers: tuple[int, int] = (72, 216)
-    """The warpgroup that copies does so for both, and has more to keep. Where two do, each has `_REGISTERS_OF_TWO`."""
+    """The warpgroup that copies does so for both, and has more to keep."""
     keep_keys: bool = True
     """What decodes read, each key once, would displace K and V of the prefill, which all tiles of queries read."""
-    decode_streams: int = 1
-    """Of a block that decodes: while others do not, it has to read more than one warpgroup can multiply."""
 
 
 def run(
@@ -63,16 +63,21 @@ def run(
     *,
     scale: float,
     tiling: Tiling | None = None,
+    decode_tiling: decode_shape.Tiling | None = None,
     interpret: Any = False,
     interpret_tables: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `attention`; returns `(out, order)`. Requests of one query are decodes."""
+    """See `attention`; returns `(out, order)`. Requests of one query are decodes.
+
+    Args:
+      tiling, decode_tiling: of the two parts. One stream of a block decodes, in no more blocks than there are.
+    """
     kernels = "mosaic_prefill", "mosaic_mixed"
     tiling = mosaic_prefill.tiling_of(tiling, Tiling(), q, view, kernels=kernels, interpret=interpret)
-    decode_tiling = decode_shape.default_tiling(q.shape[2], view.k.dtype)
-    # Half of the blocks decode later than the others, which says nothing of their speed.
+    if decode_tiling is None:
+        decode_tiling = tuned(default_decode_tiling(q.shape[2], view.k.dtype), "mosaic_mixed_decode", view)
     blocks = min(decode_tiling.blocks, tiling.blocks)
-    decode_tiling = dataclasses.replace(decode_tiling, blocks=blocks, streams=tiling.decode_streams, behind=0)
+    decode_tiling = dataclasses.replace(decode_tiling, blocks=blocks, streams=1)
     decodes, first, chunks = parted(q, batch)
     one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
     decode = decode_shape.Shape.of(
@@ -96,7 +101,7 @@ def run(
         out_type=(*mosaic_prefill.results(prefill, q, order), *decode.parts(decodes)),
         scratch_types=_scratch(decode, prefill, tiling, view.k.dtype),
         **tiling.grid,
-        num_threads=_COPIES + decode.tiling.streams,
+        num_threads=_COPIES + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
@@ -124,6 +129,11 @@ def run(
     return out[: q.shape[0]], order
 
 
+def default_decode_tiling(head_dim: int, kv_dtype: Any) -> decode_shape.Tiling:
+    """Where nothing was tuned."""
+    return dataclasses.replace(decode_shape.default_tiling(head_dim, kv_dtype), behind=0)
+
+
 def parted(q: jax.Array, batch: RaggedBatch) -> tuple[RaggedBatch, jax.Array, RaggedBatch]:
     """The requests of one query, the token that each request begins with, and the requests of more queries."""
     alone = batch.q_lens == 1
@@ -147,7 +157,7 @@ def _scratch(
         mosaic_prefill.scratch_types(prefill, tiling, dtype),
     )
     arrays, barriers = zip(*(_by_kind(each) for each in both), strict=True)
-    between = tiling.barrier(num_arrivals=_COPIES + decode.tiling.streams)
+    between = tiling.barrier(num_arrivals=_COPIES + 1)
     return {"memory": plgpu.RefUnion(*arrays), "barriers": barriers, "between": between}
 
 
@@ -168,8 +178,8 @@ def _mixed(
     own, others = (arrays | each for arrays, each in zip(memory, barriers, strict=True))
     layer = layer_ref[0] * prefill.layer_stride
     computing = mosaic_prefill.Work.of(tiles, counts[0], prefill)
-    local = lax.rem(warpgroup, decode.tiling.streams)
-    reading = decode_split.Work(requests, streams, computing.block * decode.tiling.streams + local, decode.together)
+    reading = decode_split.Work(requests, streams, computing.block, decode.together)
+    number_of_decodes = lax.rem(computing.cluster, 2)
 
     def in_both_orders(decodes: Callable[[], None], prefills: Callable[[], None]) -> None:
         def job(number, nothing):
@@ -178,24 +188,16 @@ def _mixed(
                 # The second one uses the shared memory of the first one; prefill that of all blocks of its cluster.
                 mosaic_prefill.meet(between)
 
-            is_decode = lax.rem(computing.cluster, 2) == number
+            is_decode = number_of_decodes == number
             pl.when(is_decode & (computing.block < decode.tiling.blocks))(decodes)
             pl.when(jnp.logical_not(is_decode))(prefills)
             return nothing
 
         lax.fori_loop(0, 2, job, None)
 
-    @pl.when(warpgroup >= _COPIES)
+    @pl.when(warpgroup == _COPIES)
     def _():
-        registers = tiling.registers[0] if decode.tiling.streams == 1 else _REGISTERS_OF_TWO
-        plgpu.set_max_registers(registers, action="decrease")
-
-        def alone(work: Callable[[], None]) -> None:
-            """By the first of the warpgroups that copy."""
-            pl.when(local == 0)(work)
-
-        def fill_unread():
-            mosaic_join.fill(owners, requests, out_ref, computing.block, decode.tiling.blocks, unowned=False)
+        plgpu.set_max_registers(tiling.registers[0], action="decrease")
 
         def prefill_copies():
             fill = functools.partial(mosaic_prefill.fill_gaps, computing, gaps, counts[1], out_ref, others["zero_smem"])
@@ -203,22 +205,23 @@ def _mixed(
             mosaic_prefill.drain(computing, copied, **others)
 
         def decodes():
-            mosaic_decode.copy(decode, local, reading, layer, k_sets, v_sets, None, **own)
+            team = _team(number_of_decodes, decode, tiling.cluster)
+            mosaic_decode.copy(decode, 0, reading, layer, k_sets, v_sets, None, team=team, **own)
             if decode.joins:
-                alone(fill_unread)
+                mosaic_join.fill(owners, requests, out_ref, computing.block, decode.tiling.blocks, unowned=False)
 
-        alone(functools.partial(pass_on, order, order_out, computing.block))
-        in_both_orders(decodes, functools.partial(alone, prefill_copies))
+        pass_on(order, order_out, computing.block)
+        in_both_orders(decodes, prefill_copies)
 
     @pl.when(warpgroup < _COPIES)
     def _():
         plgpu.set_max_registers(tiling.registers[1], action="increase")
 
         def decodes():
-            @pl.when(warpgroup < decode.tiling.streams)
+            @pl.when(warpgroup == 0)
             def _():
-                refs = mosaic_decode.Refs(q_tiles, None, 0, out_ref, parts_ref, lse_ref)
-                mosaic_decode.multiply(decode, local, reading, mosaic_decode.Wgmma, refs, own)
+                refs = Refs(q_tiles, None, 0, out_ref, parts_ref, lse_ref)
+                mosaic_decode.multiply(decode, 0, reading, Wgmma, refs, own)
 
         def prefills():
             sink = sinks[0] if has_sinks else None
@@ -227,3 +230,11 @@ def _mixed(
         in_both_orders(decodes, prefills)
 
     mosaic_prefill.leave(between, tiling)
+
+
+def _team(number: jax.Array, decode: decode_shape.Shape, cluster: int) -> mosaic_pace.Team:
+    """Of a block whose job of this number is to decode: others do so at another time."""
+    first = sum(block // cluster % 2 == 0 for block in range(decode.tiling.blocks))
+    sizes = first, decode.tiling.blocks - first
+    most = tuple(int(decode.tiling.after * size) for size in sizes)
+    return mosaic_pace.Team(number, *(jnp.where(number == 0, *map(jnp.int32, each)) for each in (sizes, most)))

@@ -8,6 +8,7 @@ registers hold, and who begins products passes their registers on, untouched, un
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -131,7 +132,7 @@ def pin(sums, *, interpreted: bool) -> None:
     store(sums)
 
 
-def _elements(array: mgpu.FragmentedArray) -> list[tuple[tuple[int, ...], ir.Value]]:
+def elements(array: mgpu.FragmentedArray) -> list[tuple[tuple[int, ...], ir.Value]]:
     """A thread's elements, and of each where its register is."""
     return [
         (at, vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])))
@@ -140,9 +141,17 @@ def _elements(array: mgpu.FragmentedArray) -> list[tuple[tuple[int, ...], ir.Val
     ]
 
 
+def packed(of: ir.VectorType, values: Sequence[ir.Value]) -> ir.Value:
+    """A vector of these."""
+    vectored = llvm.mlir_undef(of)
+    for i, value in enumerate(values):
+        vectored = vector.insert(value, vectored, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+    return vectored
+
+
 def _scalars(array: mgpu.FragmentedArray) -> list[ir.Value]:
     """A thread's elements."""
-    return [value for _, value in _elements(array)]
+    return [value for _, value in elements(array)]
 
 
 def wait_turn(warpgroup) -> None:
@@ -206,8 +215,8 @@ def report_overflow(totals, sums, low, high, limit: float, flag, *, interpreted:
         zero = mgpu.c(0.0, f32)
         for r, (total, mine) in enumerate(zip(_scalars(totals), _scalars(own), strict=True)):
             # 0 times what is not finite is NaN, which is not below anything.
-            elements = (value for at, value in _elements(sums) if at[4] == r)
-            value = functools.reduce(lambda found, each: arith.addf(found, arith.mulf(each, zero)), elements, total)
+            own_elements = (value for at, value in elements(sums) if at[4] == r)
+            value = functools.reduce(lambda found, each: arith.addf(found, arith.mulf(each, zero)), own_elements, total)
             bad = arith.cmpf(arith.CmpFPredicate.UGE, value, mgpu.c(limit, f32))
             bad = arith.andi(bad, arith.cmpi(arith.CmpIPredicate.ne, mine, mgpu.c(0, i32)))
             with mgpu.when(bad):
