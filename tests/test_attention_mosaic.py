@@ -455,3 +455,14 @@ def test_mixed_in_one_kernel(requests, options):
     check_mixed(requests, interpreted=False, **options)
     many = {"blocks": 132, "block_k": 128, "cluster": 2, "keep_keys": True}
     check_mixed(requests, interpreted=False, **options | many)
+
+
+@pytest.mark.parametrize(("blocks", "cluster"), [(1, 1), (5, 1), (128, 1), (128, 2), (6, 2), (7, 2)])
+def test_blocks_that_decode_at_the_same_time_are_a_team(blocks, cluster):
+    shape = types.SimpleNamespace(tiling=types.SimpleNamespace(cluster=cluster))
+    works = [mosaic_prefill.Work(None, None, jnp.int32(block), shape) for block in range(blocks)]
+    decode = types.SimpleNamespace(tiling=decode_shape.Tiling(blocks=blocks, after=0.5))
+    for number in (0, 1):
+        size = sum(int(work.cluster) % 2 == number for work in works)
+        team = mosaic_mixed._team(jnp.int32(number), decode, cluster)
+        assert [int(each) for each in team] == [number, size, size // 2]

@@ -63,6 +63,9 @@ class Columns(Computing):
         super().__init__(shape, local, work, refs, **memory)
         self.weights, self.partial = weights.at[local], partial.at[local]
 
+    def prepare(self) -> None:
+        """Nothing: there are no columns but those of the query tile, all of which is copied."""
+
     def nothing(self, tiles) -> State:
         """See `Computing`."""
         queries = self.shape.rows

@@ -6,6 +6,7 @@ its products (`mosaic_rows`) or their columns (`mosaic_columns`): what differs i
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 from collections.abc import Callable
@@ -47,11 +48,11 @@ class State(NamedTuple):
     """Of the stream, so far."""
     maximum: jax.Array
     total: jax.Array
-    """Sums of every eighth column: a thread adds up its own, and with others in the end only."""
+    """Sums of what each thread has of a query: they are added up in the end only."""
     acc: Parts
 
 
-class Computing:
+class Computing(abc.ABC):
     """The warpgroup that computes for the stream with this number in its block; see `mosaic_decode.scratch_types`."""
 
     def __init__(
@@ -70,6 +71,7 @@ class Computing:
 
     # What differs
 
+    @abc.abstractmethod
     def prepare(self) -> None:
         """Before all pieces."""
 
@@ -79,30 +81,30 @@ class Computing:
         scale = shape.scale * LOG2_E if shape.soft_cap is None else shape.scale / shape.soft_cap
         return self.queries.at[lax.rem(piece.number, 2)], scale
 
+    @abc.abstractmethod
     def nothing(self, tiles) -> State:
         """Of no keys yet, after so many tiles of other pieces."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def tile(self, piece: Piece, q, scale, whole, tile, state: State, *, masked: bool) -> State:
         """Adds a tile of K and V; the first `whole` ones of a piece were copied as a whole."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def total(self, state: State) -> jax.Array:
         """Of each query."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def result(self, piece: Piece, acc: Parts, factor: jax.Array) -> Parts:
         """`acc` times a factor for each query."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def write(self, result: Parts, ref, token, head, low, high, group: int, rows) -> None:
         """Writes that of queries `low .. high - 1` to `ref`, as `mosaic_view.store_rows` says; `rows` is for the
         interpreter only."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def write_lse(self, segment, lse: jax.Array) -> None:
         """Writes the logarithms of a segment."""
-        raise NotImplementedError
 
     # What does not
 
