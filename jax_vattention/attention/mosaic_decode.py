@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention import decode_split, mosaic_columns, mosaic_copy, mosaic_join, mosaic_pace
+from jax_vattention.attention import decode_split, mosaic_columns, mosaic_copy, mosaic_join, mosaic_pace, target
 from jax_vattention.attention.decode_shape import Shape, Tiling, default_tiling
 from jax_vattention.attention.decode_split import GRAIN, Piece, Work
 from jax_vattention.attention.features import Features
@@ -87,6 +87,8 @@ def run(
     if tiling is None:
         default = default_tiling(view.head_dim, view.k.dtype, batch.num_requests * view.num_kv_heads)
         tiling = tuned(default, "mosaic_decode", view)
+        if target.REGISTERS_STAY and (tiling.streams > 1 or tiling.widens):  # two warpgroups have enough, four have not
+            tiling = default
     shape = Shape.of(
         q, view, batch, features, scale=scale, tiling=tiling, narrow_products=products.narrow,
         paged=page_table is not None, interpret=interpret,

@@ -34,7 +34,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention import mosaic_copy
+from jax_vattention.attention import mosaic_copy, target
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_products import (
     any_of_cluster,
@@ -81,6 +81,8 @@ _BLOCK_Q = ROWS * _CONSUMERS
 """Queries of a tile."""
 _LIMIT = 2.0**100
 """Of the sum of a row's weights in an optimistic attempt."""
+_FEW = 64
+"""Keys of a tile, and dimensions, for whose products a thread has registers without those of another warpgroup."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,11 +160,15 @@ def tiling_of(
 ) -> _Tiling:
     """This one, or the default with what was tuned, with clusters that divide the blocks and the heads of a group.
 
+    With a jax by which warpgroups cannot give each other registers, of smaller tiles, and as much more of them.
+
     Args:
       kernels: of which rows of what was tuned are taken, the last one before the others.
     """
     if tiling is None:
         tiling = functools.reduce(lambda found, kernel: tuned(found, kernel, view), kernels, default)
+        if target.REGISTERS_STAY and q.shape[2] > _FEW:
+            tiling = dataclasses.replace(tiling, block_k=_FEW, stages=tiling.stages * tiling.block_k // _FEW)
     cluster = math.gcd(tiling.cluster, q.shape[1] // view.num_kv_heads, tiling.blocks)
     # The interpreter does not know the shared memory of other blocks.
     return dataclasses.replace(tiling, cluster=1 if interpret else cluster)

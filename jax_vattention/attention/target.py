@@ -9,6 +9,9 @@ import jax
 
 _NAMES = {"9.0": "H100|H200|GH200", "10.0": "B100|B200|GB200"}
 """GPUs by compute capability."""
+REGISTERS_STAY = jax.__version_info__ >= (0, 12)
+"""Whether warpgroups of a kernel cannot give each other registers: jax 0.12 compiles Mosaic GPU kernels by nvJitLink,
+which ignores `setmaxnreg`. A product that has too few then waits for each of its instructions (ptxas: C7512)."""
 
 
 def kind() -> str:
