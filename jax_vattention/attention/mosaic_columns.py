@@ -119,7 +119,7 @@ class Columns(Computing):
             scores = jnp.tanh(scores) * (shape.soft_cap * LOG2_E)
         if masked:
             scores = jnp.where(visible(shape, piece, first, scores.shape, 0), scores, -jnp.inf)
-        maximum = self._across(arith.maximumf, jnp.maximum, state.maximum, scores)
+        maximum = self._across(arith.maximumf, jnp.max, state.maximum, scores)
         base = maximum
         if not shape.all_see_keys:
             base = jnp.where(maximum == -jnp.inf, jnp.zeros_like(maximum), maximum)
@@ -131,14 +131,14 @@ class Columns(Computing):
     def total(self, state: State) -> jax.Array:
         """See `Computing`."""
         nothing = plgpu.layout_cast(jnp.zeros(state.maximum.shape, jnp.float32), _OF_COLUMNS)
-        total = self._across(arith.addf, jnp.add, nothing, state.total)
+        total = self._across(arith.addf, jnp.sum, nothing, state.total)
         plgpu.commit_smem()  # before the next piece writes what was read here
         return total
 
     def _across(self, combine: Callable[..., Any], of_jax: Callable[..., Any], begin: jax.Array, array: jax.Array):
-        """See `across`; `of_jax` is `combine` of arrays."""
+        """See `across`; `of_jax` combines the rows of an array."""
         if self.shape.interpreted:
-            return functools.reduce(of_jax, list(array), begin)
+            return of_jax(jnp.concatenate([begin[None], array]), axis=0)
         return across(combine, begin, array, self.partial)
 
     def result(self, piece: Piece, acc: Parts, factor: jax.Array) -> Parts:
