@@ -348,11 +348,12 @@ TUNED = [row for row in tilings._rows() if "gpu" in row or row["kernel"] == "mos
 def test_what_is_tuned_fits(row, monkeypatch):
     if target.REGISTERS_STAY and row["tiling"].get("widens"):
         pytest.skip("this jax leaves its warpgroups too few registers")
-    jax.clear_caches()  # of another row's program, which may be the same
     is_mixed = row["kernel"].startswith("mosaic_mixed")
     found = results_of(monkeypatch, (prefill_shape if row["kernel"] == "mosaic_mixed" else decode_shape).Shape, "of")
     layout = row.get("layout", "token_major")
-    spec = llama_spec(dtype=jnp.dtype(row["kv_dtype"]), head_dim=row["head_dim"], layout=layout)
+    # Not another row's program, which would be taken from there.
+    length = 1024 * (64 + TUNED.index(row))
+    spec = llama_spec(length, jnp.dtype(row["kv_dtype"]), row["head_dim"], layout=layout)
     # Not room for as many queries of each request: that would be for prefill.
     tokens, max_q_len = (1024, 512) if is_mixed else (REQUESTS, 1)
     q = jax.ShapeDtypeStruct((tokens, Q_HEADS, spec.head_dim), jnp.bfloat16)
