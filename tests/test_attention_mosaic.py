@@ -43,6 +43,14 @@ COLUMNS = [
     ([220, 33], {"keys_as_rows": True, "queries": [4, 1], "window": 50, "behind": 1}),
     ([130, 40], {"keys_as_rows": True, "paged": True}),
     ([100, 7, 0, 33], {"keys_as_rows": True, "kv_heads": 8, "together": 1}),
+    # V is widened in registers.
+    ([130, 1, 64, 63, 300], {"keys_as_rows": True, "blocks": 1, "head_dim": 128, "dtype": "float8_e4m3fn"}),
+    ([0, 33, 0, 600, 0, 5], {"keys_as_rows": True, "head_dim": 128, "dtype": "float8_e4m3fn", "streams": 2}),
+    (
+        [130, 60, 9],
+        {"keys_as_rows": True, "head_dim": 128, "dtype": "float8_e4m3fn", "queries": [3, 1, 3], "window": 60},
+    ),
+    ([257, 64], {"keys_as_rows": True, "head_dim": 256, "dtype": "float8_e4m3fn", "block_k": 128, "soft_cap": 2.0}),
 ]
 
 

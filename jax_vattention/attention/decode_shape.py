@@ -142,8 +142,9 @@ class Shape(CommonShape):
 
     @property
     def keys_as_rows(self) -> bool:
-        """Whether keys are the rows of products: those of one head, and not of float8 or in half a swizzled tile."""
-        return self.tiling.keys_as_rows and not self.quantized and self.together == 1 and self.head_dim % 64 == 0
+        """Whether keys are the rows of products: those of one head, in whole swizzled tiles, and float8 as such."""
+        can = self.narrow and self.head_dim % 128 == 0 if self.quantized else self.head_dim % 64 == 0
+        return self.tiling.keys_as_rows and self.together == 1 and can
 
     @property
     def narrow(self) -> bool:
@@ -151,14 +152,21 @@ class Shape(CommonShape):
         return self.quantized and self.narrow_products and 2 * self.rows <= ROWS
 
     @property
+    def in_eights(self) -> bool:
+        """Whether of the rows of a product each second eight has the second numbers of the one above."""
+        return self.narrow and not self.keys_as_rows
+
+    @property
     def widened(self) -> tuple[str, ...]:
         """What is converted to float16 in shared memory."""
-        return () if not self.quantized else ("v_wide",) if self.narrow else ("k_wide", "v_wide")
+        if not self.quantized or self.keys_as_rows:
+            return ()
+        return ("v_wide",) if self.narrow else ("k_wide", "v_wide")
 
     @property
     def widens(self) -> bool:
         """Whether a warpgroup of its own widens V."""
-        return self.tiling.widens and self.narrow
+        return self.tiling.widens and self.in_eights
 
     @property
     def together(self) -> int:
@@ -212,11 +220,11 @@ class Shape(CommonShape):
 
     def row_of(self, product_row: jax.Array) -> jax.Array:
         """Row of the query tile that a row of a product is of."""
-        return float8_queries.row_at(product_row) if self.narrow else product_row
+        return float8_queries.row_at(product_row) if self.in_eights else product_row
 
     def product_row(self, row: jax.Array) -> jax.Array:
         """Row of a product that has the result of a row of the query tile."""
-        return float8_queries.place(row) if self.narrow else row
+        return float8_queries.place(row) if self.in_eights else row
 
     @property
     def reads_queries(self) -> bool:

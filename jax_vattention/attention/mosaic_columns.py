@@ -20,8 +20,10 @@ from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm, memref, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array as fragments
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_vattention.attention import float8_queries
 from jax_vattention.attention.decode_shape import Shape
 from jax_vattention.attention.decode_split import Piece
 from jax_vattention.attention.mosaic_compute import (
@@ -30,6 +32,7 @@ from jax_vattention.attention.mosaic_compute import (
     Parts,
     State,
     clear_unseen,
+    inside,
     copy_rows,
     visible,
     wait,
@@ -50,30 +53,46 @@ _LINE, _CHUNK = 128, 16
 def scratch(shape: Shape, dtype: Any) -> dict[str, Any]:
     """Shared memory that it needs besides, for each stream; `dtype` is that of the weights."""
     streams = shape.tiling.streams
+    dtype = jnp.float16 if shape.quantized else dtype
     return {
         "weights": swizzled((streams, shape.rows, shape.tiling.block_k), dtype),
         "partial": plgpu.SMEM((streams, _WARPS, shape.rows), jnp.float32),
+        **({"factors": plgpu.SMEM((streams, ROWS), jnp.float32)} if shape.quantized else {}),
     }
 
 
 class Columns(Computing):
     """See `Computing`. Scores are `[block_k, queries]`, results `[head_dim, queries]`."""
 
-    def __init__(self, shape: Shape, local, work, refs, *, weights, partial, **memory) -> None:
+    def __init__(self, shape: Shape, local, work, refs, *, weights, partial, factors=None, **memory) -> None:
         super().__init__(shape, local, work, refs, **memory)
         self.weights, self.partial = weights.at[local], partial.at[local]
+        self.factors = None if factors is None else factors.at[local]
 
     def prepare(self) -> None:
         """Nothing: there are no columns but those of the query tile, all of which is copied."""
 
+    def begin(self, piece: Piece) -> tuple[Any, Any]:
+        """See `Computing`."""
+        shape = self.shape
+        q, scale = super().begin(piece)
+        if not shape.quantized:
+            return q, scale
+        self.factors[...] = float8_queries.split(q, self.query_parts, interpreted=shape.interpreted)
+        plgpu.commit_smem()
+        columns = pl.ds(0, shape.product_rows)
+        factors = plgpu.load(self.factors.at[columns], layout=_OF_COLUMNS)  # type: ignore[call-arg]  # jax 0.10
+        return self.query_parts.at[columns], factors * (scale * self.refs.scales[self.refs.first_scale + piece.head])
+
     def nothing(self, tiles) -> State:
         """See `Computing`."""
-        queries = self.shape.rows
+        queries, head_dim = self.shape.rows, self.shape.head_dim
+        rows = ROWS if self.shape.quantized else head_dim
         return State(
             tiles,
             plgpu.layout_cast(jnp.full((queries,), -jnp.inf, jnp.float32), _OF_COLUMNS),
             plgpu.layout_cast(jnp.zeros((ROWS, queries), jnp.float32), _WGMMA),
-            (plgpu.layout_cast(jnp.zeros((self.shape.head_dim, queries), jnp.float32), _WGMMA),),
+            tuple(plgpu.layout_cast(jnp.zeros((rows, queries), jnp.float32), _WGMMA) for _ in range(0, head_dim, rows)),
         )
 
     def tile(self, piece: Piece, q, scale, whole, tile, state: State, *, masked: bool) -> State:
@@ -84,37 +103,65 @@ class Columns(Computing):
         k, v = (as_rows(each.at[stage]) for each in (self.k, self.v))
         first = piece.first + tile * shape.tile_tokens
         wait(*self.k_ready, barrier, tile >= whole, masked)
-        scores = self._product(k, q.transpose((1, 0)))
-        plgpu.barrier_arrive(self.k_free.at[barrier])
-        maximum, shrink, total, weights = self._weighed(piece, first, scores, scale, state, masked)
-        store_transposed(weights.astype(v.dtype), self.weights, interpreted=shape.interpreted)
-        plgpu.commit_smem()  # where all warps meet, too: they are done with what `_across` has read
-        wait(*self.v_ready, barrier, tile >= whole, masked)
-        if masked:
-            clear_unseen(shape, v, piece, first)
-        (acc,) = state.acc
-        acc = self._product(v.transpose((1, 0)), self.weights.transpose((1, 0)), _times(acc, shrink))
-        plgpu.barrier_arrive(self.v_free.at[barrier])
-        return State(state.tiles + 1, maximum, total, (acc,))
 
-    def _product(self, left, right, begin: jax.Array | None = None) -> jax.Array:
-        """`left @ right`, float32, and what it begins with."""
+        def values() -> Parts:
+            """V, as left operands of products: float8 is widened in registers on the way."""
+            wait(*self.v_ready, barrier, tile >= whole, masked)
+            if not shape.quantized:
+                if masked:
+                    clear_unseen(shape, v, piece, first)
+                return (v.transpose((1, 0)),)
+            wide = widened(v, interpreted=shape.interpreted)
+            if not masked:
+                return wide
+            own = inside(shape, piece, first, wide[0].shape, _WGMMA, keys_axis=1)
+            return tuple(jnp.where(own, part, jnp.zeros_like(part)) for part in wide)
+
+        early = values if shape.quantized else lambda: ()
+        (scores,), wide = self._products((k,), q.transpose((1, 0)), meanwhile=early)
+        plgpu.barrier_arrive(self.k_free.at[barrier])
+        maximum, shrink, total, weights = self._weighed(piece, first, self._scaled(scores, scale), state, masked)
+        store_transposed(weights.astype(self.weights.dtype), self.weights, interpreted=shape.interpreted)
+        plgpu.commit_smem()  # where all warps meet, too: they are done with what `_across` has read
+        if shape.quantized:
+            plgpu.barrier_arrive(self.v_free.at[barrier])
+        begin = tuple(_times(part, shrink) for part in state.acc)
+        acc, _ = self._products(wide or values(), self.weights.transpose((1, 0)), begin)
+        if not shape.quantized:
+            plgpu.barrier_arrive(self.v_free.at[barrier])
+        return State(state.tiles + 1, maximum, total, acc)
+
+    def _products(
+        self, lefts: Parts, right, begin: Parts = (), meanwhile: Callable[[], Parts] = lambda: ()
+    ) -> tuple[Parts, Parts]:
+        """`left @ right` of each, float32, and what it begins with; and what `meanwhile` gives."""
         interpreted = self.shape.interpreted  # which has no accumulators that begin with a value
 
-        def product(ref):
-            if begin is not None and not interpreted:
-                ref[...] = begin
-            plgpu.wgmma(ref, left, right)
-            return ref[...] + begin if begin is not None and interpreted else ref[...]
+        def product(*refs):
+            if not interpreted:
+                for ref, part in zip(refs, begin, strict=False):
+                    ref[...] = part
+            for ref, left in zip(refs, lefts, strict=True):
+                plgpu.wgmma(ref, left, right)
+            found = meanwhile()
+            sums = tuple(ref[...] for ref in refs)
+            if interpreted and begin:
+                sums = tuple(part + each for part, each in zip(begin, sums, strict=True))
+            return sums, found
 
-        return pl.run_scoped(product, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+        accumulators = (plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32) for left in lefts)
+        return pl.run_scoped(product, *accumulators)
+
+    def _scaled(self, scores: jax.Array, scale) -> jax.Array:
+        if not self.shape.quantized:
+            return scores * scale
+        return add_second_eights(_times(scores, scale), 1 / float8_queries.LOST, interpreted=self.shape.interpreted)
 
     def _weighed(
-        self, piece: Piece, first, scores: jax.Array, scale, state: State, masked: bool
+        self, piece: Piece, first, scores: jax.Array, state: State, masked: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """A step of the online softmax, as `mosaic_rows` has it."""
         shape = self.shape
-        scores = scores * scale
         if shape.soft_cap is not None:
             scores = jnp.tanh(scores) * (shape.soft_cap * LOG2_E)
         if masked:
@@ -143,16 +190,19 @@ class Columns(Computing):
 
     def result(self, piece: Piece, acc: Parts, factor: jax.Array) -> Parts:
         """See `Computing`."""
+        if self.shape.quantized:
+            factor *= self.refs.scales[self.refs.first_scale + self.shape.num_kv_heads + piece.head]
         return tuple(_times(part, factor) for part in acc)
 
     def write(self, result: Parts, ref, token, head, low, high, group: int, rows) -> None:
         """See `Computing`."""
-        (part,) = result
         if self.shape.interpreted:
-            rows[: part.shape[1], :] = part.T.astype(ref.dtype)
+            whole = jnp.concatenate(result)
+            rows[: whole.shape[1], :] = whole.T.astype(ref.dtype)
             copy_rows(self.shape, ref, token, head, low, high, group, rows)
             return
-        store_columns(part.astype(ref.dtype), ref, token, head, low, high, group=group)
+        result = tuple(part.astype(ref.dtype) for part in result)
+        store_columns(result, ref, token, head, low, high, group=group, in_fours=self.shape.quantized)
 
     def write_lse(self, segment, lse: jax.Array) -> None:
         """See `Computing`."""
@@ -222,6 +272,90 @@ def sums_of_rows(weights: jax.Array, *, interpreted: bool) -> jax.Array:
     return add(weights)
 
 
+def add_second_eights(array: jax.Array, factor: float, *, interpreted: bool) -> jax.Array:
+    """`[rows, columns / 2]`: each first, third, ... eight of columns, and `factor` times the next one."""
+    rows, columns = array.shape
+    if interpreted:
+        first, second = jnp.moveaxis(array.reshape(rows, -1, 2, BOX), 2, 0)
+        return (first + factor * second).reshape(rows, columns // 2)
+    of = plgpu.ShapeDtypeStruct((rows, columns // 2), array.dtype, _WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(_WGMMA,), return_type=of)
+    def add(_, array):
+        registers = array.registers[:, ::2].copy()
+        for at, second in np.ndenumerate(array.registers[:, 1::2]):
+            many = vector.broadcast(second.type, mgpu.c(factor, ir.F32Type.get()))
+            registers[at] = arith.addf(registers[at], arith.mulf(second, many))
+        return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
+
+    return add(array)
+
+
+def widened(tile, *, interpreted: bool) -> Parts:
+    """Columns of a float8 matrix in shared memory as rows of float16 ones, of 64 each, left operands of products.
+
+    A thread has four columns that follow each other as its rows, two of one part and two of the next: it reads them at
+    once. Which rows these are only `store_columns` has to know.
+    """
+    keys, columns = tile.shape
+    if interpreted:
+        wide = tile[...].astype(jnp.float16).T
+        return tuple(wide[row : row + ROWS] for row in range(0, columns, ROWS))
+    of = plgpu.ShapeDtypeStruct((ROWS, keys), jnp.float16, _WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(operand(tile),), return_type=(of,) * (columns // ROWS))
+    def widen(_, tile):
+        i32 = ir.IntegerType.get_signless(32)
+        warp, lane = _warp_and_lane(i32)
+        four, two, eight = (mgpu.c(number, i32) for number in (4, 2, BOX))
+        place, row = arith.divui(lane, four), arith.muli(arith.remui(lane, four), two)
+        chunk = arith.addi(arith.muli(warp, two), arith.divui(place, four))
+        begin = arith.addi(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(tile)), arith.muli(arith.remui(place, four), four))
+
+        def address(row: ir.Value) -> ir.Value:
+            parts = (row, _LINE), (arith.xori(chunk, row), _CHUNK)
+            return functools.reduce(arith.addi, (arith.muli(each, mgpu.c(size, i32)) for each, size in parts), begin)
+
+        rows = address(row), address(arith.addi(row, mgpu.c(1, i32)))
+        lines = columns // _LINE
+        parts = [
+            np.empty(fragments.WGMMA_LAYOUT.registers_shape((ROWS, keys)), dtype=object) for _ in range(columns // ROWS)
+        ]
+        for line in range(lines):
+            for number in range(keys // BOX):
+                four_rows = _widen(*rows, (number * lines + line) * BOX * _LINE)
+                for i, pair in enumerate(four_rows):
+                    at = [0] * parts[0].ndim
+                    at[1], at[4] = number, i % 2
+                    parts[2 * line + i // 2][tuple(at)] = pair
+        return tuple(
+            mgpu.FragmentedArray(_registers=part, _layout=fragments.WGMMA_LAYOUT, _is_signed=None) for part in parts
+        )
+
+    return widen(tile)
+
+
+def _widen(first: ir.Value, second: ir.Value, offset: int) -> list[ir.Value]:
+    """Of four float8 numbers so many bytes behind each of two places, those that belong together, as float16."""
+    i32 = ir.IntegerType.get_signless(32)
+    asm = f"""{{ .reg .b32 a, b, c; .reg .b16 l, h;
+        ld.shared.b32 a, [$4 + {offset}];
+        ld.shared.b32 b, [$5 + {offset}];
+        prmt.b32 c, a, b, 0x5140;
+        mov.b32 {{l, h}}, c;
+        cvt.rn.f16x2.e4m3x2 $0, l;
+        cvt.rn.f16x2.e4m3x2 $1, h;
+        prmt.b32 c, a, b, 0x7362;
+        mov.b32 {{l, h}}, c;
+        cvt.rn.f16x2.e4m3x2 $2, l;
+        cvt.rn.f16x2.e4m3x2 $3, h; }}"""
+    four = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    found = llvm.inline_asm(four, [first, second], asm, "=r,=r,=r,=r,r,r", has_side_effects=True)
+    pair = ir.VectorType.get((2,), ir.F16Type.get())
+    words = (llvm.extractvalue(i32, found, ir.DenseI64ArrayAttr.get([i])) for i in range(4))
+    return [vector.bitcast(pair, vector.broadcast(ir.VectorType.get((1,), i32), word)) for word in words]
+
+
 def store_transposed(array: jax.Array, target, *, interpreted: bool) -> None:
     """Writes `[rows, columns]` of 16 bits to `[columns, rows]` in shared memory, as `swizzled` makes it."""
     if interpreted:
@@ -256,17 +390,34 @@ def _bits(register: ir.Value) -> ir.Value:
     return vector.extract(whole, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
 
 
-def store_columns(result, out_ref, token, head, low, high, *, group: int) -> None:
-    """Writes columns `low .. high - 1` of an array, as `mosaic_view.store_rows` writes rows."""
+def store_columns(result: Parts, out_ref, token, head, low, high, *, group: int, in_fours: bool = False) -> None:
+    """Writes columns `low .. high - 1` of an array, as `mosaic_view.store_rows` writes rows.
 
-    @plgpu.inline_mgpu(arg_types=(_WGMMA, plgpu.RefType(), _SCALAR, _SCALAR, _SCALAR, _SCALAR))
-    def store(_, result, out, *scalars):
+    Args:
+      in_fours: rows are those of parts of `widened`.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(_SCALAR,) * 4, *(_WGMMA for _ in result)))
+    def store(_, out, *arguments):
         index = ir.IndexType.get()
+        scalars, parts = arguments[:4], arguments[4:]
         token, head, low, high = (arith.index_cast(index, each.registers.item()) for each in scalars)
         warp, lane = _warp_and_lane(index)
-        row = arith.addi(arith.muli(warp, mgpu.c(2 * BOX, index)), arith.divui(lane, mgpu.c(_LANES, index)))
+        place = arith.divui(lane, mgpu.c(_LANES, index))
         size = mgpu.c(group, index)
-        for number, values in enumerate(_columns(result)):
+        columns = [sum(each, []) for each in zip(*map(_columns, parts), strict=True)]
+        if in_fours:
+            of_warp, place, offsets = (
+                4 * BOX,
+                arith.muli(place, mgpu.c(4, index)),
+                [i // 4 * 2 * ROWS for i in range(0, len(columns[0]), 4)],
+            )
+            four = ir.VectorType.get((4,), ir.MemRefType(out.type).element_type)
+            columns = [[packed(four, each[i : i + 4]) for i in range(0, len(each), 4)] for each in columns]
+        else:
+            of_warp, offsets = 2 * BOX, [i // 2 * ROWS + i % 2 * BOX for i in range(len(columns[0]))]
+        row = arith.addi(arith.muli(warp, mgpu.c(of_warp, index)), place)
+        for number, values in enumerate(columns):
             column = _column(lane, number, index)
             is_inside = arith.andi(
                 arith.cmpi(arith.CmpIPredicate.sge, column, low), arith.cmpi(arith.CmpIPredicate.slt, column, high)
@@ -275,11 +426,11 @@ def store_columns(result, out_ref, token, head, low, high, *, group: int) -> Non
                 place = arith.subi(column, low)
                 to_token = arith.addi(token, arith.divui(place, size))
                 to_head = arith.addi(head, arith.remui(place, size))
-                for i, value in enumerate(values):
-                    to = arith.addi(row, mgpu.c(i // 2 * ROWS + i % 2 * BOX, index))
-                    memref.store(value, out, [to_token, to_head, to])
+                for offset, value in zip(offsets, values, strict=True):
+                    at = [to_token, to_head, arith.addi(row, mgpu.c(offset, index))]
+                    (vector if in_fours else memref).store(value, out, at)
 
-    store(result, out_ref, token, head, low, high)
+    store(out_ref, token, head, low, high, *result)
 
 
 def store_line(line, out_ref, row) -> None:

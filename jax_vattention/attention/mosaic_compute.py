@@ -183,7 +183,7 @@ class Computing(abc.ABC):
         mosaic_join.join(
             refs.parts, refs.lse, refs.out, segment=pair.pair + pair.first, count=pair.streams,
             low=self.shape.first_row(head, 0), rows=of.queries * group, token=of.out, head=head * group, group=group,
-            first_eights=self.shape.narrow,
+            first_eights=self.shape.in_eights,
         )  # fmt: skip
 
 
@@ -287,9 +287,9 @@ def widen_tile(narrow, wide, own: Any = None) -> None:
     plgpu.commit_smem()
 
 
-def inside(shape: Shape, piece: Piece, first, sizes: tuple[int, ...], layout: Any) -> jax.Array:
-    """bool `sizes`, `[block_k, head_dim]`: whether a token is the request's, and not behind its window."""
-    tokens = first + lax.div(iota(sizes, 0, layout), shape.together)
+def inside(shape: Shape, piece: Piece, first, sizes: tuple[int, ...], layout: Any, *, keys_axis: int = 0) -> jax.Array:
+    """bool `sizes`: whether a token is the request's, and not behind its window; tokens are along one of two axes."""
+    tokens = first + lax.div(iota(sizes, keys_axis, layout), shape.together)
     return (tokens < piece.end) & (tokens >= piece.of.lower)
 
 

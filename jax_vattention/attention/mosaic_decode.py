@@ -148,7 +148,7 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
     boxes = shape.tile_tokens // BOX * shape.arrivals(BOX)
     rows = (("out_smem", out_dtype), ("part_smem", jnp.float32))
     return {
-        "q_smem": tiles(2, shape.rows if shape.keys_as_rows else ROWS, shape.head_dim),
+        "q_smem": tiles(2, shape.rows if shape.keys_as_rows and not shape.narrow else ROWS, shape.head_dim),
         **({"q_parts": tiles(ROWS, shape.head_dim, dtype=kv_dtype)} if shape.narrow else {}),
         "k_smem": kv(),
         "v_smem": kv(),
