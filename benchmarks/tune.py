@@ -44,11 +44,11 @@ class Kernel(NamedTuple):
     option: str = "tiling"
     """Of the module's `run`."""
 
-    def candidates(self, default: Any, kv_dtype: str) -> Iterator[dict[str, Any]]:
+    def candidates(self, default: Any) -> Iterator[dict[str, Any]]:
         """The fields of this default, then all others, those first that differ from it in few.
 
-        One of several that are the same: `mark` and `after` say nothing without `behind`, `widens` but with float8, nor
-        `keys_as_rows` with it.
+        One of several that are the same: `mark` and `after` say nothing without `behind`, nor `keys_as_rows` of heads
+        that are read together.
         """
         own = {name: getattr(default, name) for name in self.fields}
 
@@ -60,8 +60,8 @@ class Kernel(NamedTuple):
         for found in sorted(others, key=differ):
             pace = [name for name in ("mark", "after") if name in found]
             no_marks = found.get("behind") == 0 and any(found[name] != own[name] for name in pace)
-            of_others = "widens" if kv_dtype != "float8_e4m3fn" else "keys_as_rows"
-            if found != own and not (no_marks or found.get(of_others)):
+            no_columns = found.get("keys_as_rows") and found.get("together", 1) > 1
+            if found != own and not (no_marks or no_columns):
                 yield found
 
 
@@ -76,8 +76,8 @@ KERNELS = {
             "behind": (0, 1),
             "mark": (2, 4, 8),
             "streams": (1, 2),
-            "widens": (False, True),
             "keys_as_rows": (False, True),
+            "together": (1, 8),
         },
         ("8x16384", "256x1024"),
         (64, 96, 128, 192, 256),
@@ -177,7 +177,7 @@ def _measured(
     default = kernel.default(sizes.head_dim, kv_dtype)
     readers = {
         json.dumps(fields): _reader(kernel, dataclasses.replace(default, **fields))
-        for fields in kernel.candidates(default, kv_dtype)
+        for fields in kernel.candidates(default)
     }
     found: dict[str, list[Outcome]] = {name: [] for name in readers}
     for work in kernel.works:

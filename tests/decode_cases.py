@@ -41,7 +41,9 @@ def check_decode(
         paging = {"page_table": jnp.asarray(table, jnp.int32)}
     cache = plain_cache(spec, placed, seen, scales)
     tokens = sum(q_lens) + 2
-    q = jnp.asarray(rng.standard_normal((tokens, kv_heads * group, head_dim)), suite.wide_dtype(spec))
+    # No GPU multiplies float32, which would say more of an interpreted kernel.
+    dtype = jnp.bfloat16 if spec.quantized and not interpreted else suite.wide_dtype(spec)
+    q = jnp.asarray(rng.standard_normal((tokens, kv_heads * group, head_dim)), dtype)
     batch = suite.make_batch(range(requests), q_lens, lengths, max_q_len=max(1, *q_lens))
     logits = jnp.asarray(rng.standard_normal(kv_heads * group), jnp.float32) if sinks else None
     features = Features(soft_cap, logits, None if prefix is None else jnp.asarray(prefix, jnp.int32))

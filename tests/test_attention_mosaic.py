@@ -89,9 +89,6 @@ COLUMNS = [
         ([700, 5, 420], {"behind": 1, "blocks": 1}),
         ([300, 411], {"behind": 2, "mark": 2, "stages": 1, "kv_heads": 8, "dtype": "float8_e4m3fn"}),
         # V is widened by a warpgroup of its own.
-        ([130, 0, 33], {"dtype": "float8_e4m3fn", "widens": True}),
-        ([50, 0, 19], {"kv_heads": 8, "dtype": "float8_e4m3fn", "streams": 2, "widens": True, "head_dim": 128}),
-        ([150, 70], {"dtype": "float8_e4m3fn", "group": 2, "queries": [3, 1], "window": 60, "widens": True}),
         *COLUMNS,
     ],
     ids=str,

@@ -475,12 +475,13 @@ def test_what_is_tuned_is_what_the_kernels_have():
     for name, kernel in tune.KERNELS.items():
         for head_dim, kv_dtype in itertools.product(kernel.head_dims, kernel.kv_dtypes):
             default = kernel.default(head_dim, kv_dtype)
-            candidates = list(kernel.candidates(default, kv_dtype))
+            candidates = list(kernel.candidates(default))
             assert all(dataclasses.replace(default, **fields) for fields in candidates)
             assert dataclasses.replace(default, **candidates[0]) == default
             assert len({json.dumps(fields) for fields in candidates}) == len(candidates)
-            widen = [fields.get("widens", False) for fields in candidates]
-            assert any(widen) == (name == "mosaic_decode" and kv_dtype == "float8_e4m3fn")
+            columns = [fields for fields in candidates if fields.get("keys_as_rows")]
+            assert bool(columns) == name.endswith("decode"), "for float8, too"
+            assert all(fields.get("together", 1) == 1 for fields in columns), "one that is the same as another"
             changes = [sum(fields[name] != candidates[0][name] for name in fields) for fields in candidates]
             assert changes == sorted(changes), "a run whose time is short has tried what is next to the defaults"
         assert set(kernel.works) <= {work.name for work in tune._WORKS.values()}, name

@@ -43,8 +43,6 @@ class Tiling:
     streams: int = 1
     """Of a block."""
     blocks: int = _BLOCKS
-    widens: bool = False
-    """Whether V of float8 is widened by a warpgroup of its own, not by the one that multiplies."""
     keys_as_rows: bool = False
     """Of products, and queries as their columns, where the kernel can (see `Shape.keys_as_rows`)."""
     together: int = 1
@@ -162,11 +160,6 @@ class Shape(CommonShape):
         if not self.quantized or self.keys_as_rows:
             return ()
         return ("v_wide",) if self.narrow else ("k_wide", "v_wide")
-
-    @property
-    def widens(self) -> bool:
-        """Whether a warpgroup of its own widens V."""
-        return self.tiling.widens and self.in_eights
 
     @property
     def together(self) -> int:

@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_vattention.attention import mosaic_join
 from jax_vattention.attention.decode_shape import Shape
 from jax_vattention.attention.decode_split import Piece, Request, SharedPair, Work
-from jax_vattention.attention.mosaic_view import BOX, ROWS
+from jax_vattention.attention.mosaic_view import BOX, ROWS, as_rows
 
 LOG2_E = math.log2(math.e)
 
@@ -52,6 +52,20 @@ class State(NamedTuple):
     acc: Parts
 
 
+class Tile(NamedTuple):
+    """Of K and V, in shared memory."""
+
+    k: Any
+    """`[block_k, head_dim]`"""
+    v: Any
+    barrier: jax.Array
+    """Which of each kind is its."""
+    first: jax.Array
+    """Key."""
+    is_tail: Any
+    """Whether it was copied in boxes."""
+
+
 class Computing(abc.ABC):
     """The warpgroup that computes for the stream with this number in its block; see `mosaic_decode.scratch_types`."""
 
@@ -71,6 +85,9 @@ class Computing(abc.ABC):
 
     # What differs
 
+    queries_axis: int
+    """Of scores and of results. The other one is that of keys or dimensions."""
+
     @abc.abstractmethod
     def prepare(self) -> None:
         """Before all pieces."""
@@ -88,6 +105,18 @@ class Computing(abc.ABC):
     @abc.abstractmethod
     def tile(self, piece: Piece, q, scale, whole, tile, state: State, *, masked: bool) -> State:
         """Adds a tile of K and V; the first `whole` ones of a piece were copied as a whole."""
+
+    def own(self, scores: jax.Array) -> jax.Array:
+        """Scores, without those of keys that are not of a query's head, if a tile has several."""
+        return scores
+
+    @abc.abstractmethod
+    def largest(self, maximum: jax.Array, scores: jax.Array) -> jax.Array:
+        """Of each query, of what it was and these."""
+
+    @abc.abstractmethod
+    def sums(self, weights: jax.Array) -> jax.Array:
+        """Of what each thread has of a query."""
 
     @abc.abstractmethod
     def total(self, state: State) -> jax.Array:
@@ -147,6 +176,47 @@ class Computing(abc.ABC):
         pl.when(piece.first < piece.end)(lambda: self._store(piece, state.maximum, total, state.acc))
         return state.tiles
 
+    def place(self, piece: Piece, whole, number, state: State) -> Tile:
+        """Of the tile of this number, in a piece with so many whole ones."""
+        shape = self.shape
+        stage = lax.rem(state.tiles, shape.stages)
+        k, v = (as_rows(each.at[stage]) for each in (self.k, self.v))
+        first = piece.first + number * shape.tile_tokens
+        return Tile(k, v, self.local * shape.stages + stage, first, number >= whole)
+
+    def weigh(
+        self, piece: Piece, first, scores: jax.Array, state: State, *, masked: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """A step of the online softmax (Milakov and Gimelshein, 2018).
+
+        Args:
+          first: key with which the tile begins.
+          scores: what `begin` says was applied.
+
+        Returns:
+          The new maximum of each query, by what it shrinks what there was, the new totals, and the weights of the keys.
+        """
+        shape = self.shape
+        if shape.soft_cap is not None:
+            scores = jnp.tanh(scores) * (shape.soft_cap * LOG2_E)
+        if masked:
+            seen = visible(shape, piece, first, scores.shape, 1 - self.queries_axis)
+            scores = jnp.where(seen, scores, -jnp.inf)
+        scores = self.own(scores)
+        maximum = self.largest(state.maximum, scores)
+        base = maximum
+        if not shape.all_see_keys:
+            base = jnp.where(maximum == -jnp.inf, jnp.zeros_like(maximum), maximum)
+        shrink = jnp.exp2(state.maximum - base)
+        weights = jnp.exp2(scores - lax.broadcast_in_dim(base, scores.shape, [self.queries_axis]))
+        sums = self.sums(weights)
+        return maximum, shrink, self.times(state.total, shrink) + sums, weights
+
+    def times(self, array: jax.Array, factor: Any) -> jax.Array:
+        """By a number, or by one for each query."""
+        many = lax.broadcast_in_dim(factor, array.shape, [self.queries_axis]) if jnp.ndim(factor) else factor
+        return array * many
+
     def _store(self, piece: Piece, maximum: jax.Array, total: jax.Array, acc: Parts) -> None:
         """Writes what was found for a piece to where it belongs."""
         shape, refs = self.shape, self.refs
@@ -185,6 +255,32 @@ class Computing(abc.ABC):
             low=self.shape.first_row(head, 0), rows=of.queries * group, token=of.out, head=head * group, group=group,
             first_eights=self.shape.in_eights,
         )  # fmt: skip
+
+
+def wgmmas(
+    lefts: tuple[Any, ...],
+    right,
+    *,
+    begin: Parts = (),
+    meanwhile: Callable[[], Any] = lambda: None,
+    interpreted: bool,
+) -> tuple[Parts, Any]:
+    """`left @ right` of each, float32, in sum with what it begins with, if anything; and what `meanwhile` gives, which
+    is called while they are computed."""
+
+    def multiply(*sums):
+        if not interpreted:  # which has no accumulators that begin with a value
+            for ref, part in zip(sums, begin, strict=bool(begin)):
+                ref[...] = part
+        for ref, left in zip(sums, lefts, strict=True):
+            plgpu.wgmma(ref, left, right)
+        found = meanwhile()
+        parts = tuple(ref[...] for ref in sums)
+        if interpreted and begin:
+            parts = tuple(one + other for one, other in zip(parts, begin, strict=True))
+        return parts, found
+
+    return pl.run_scoped(multiply, *(plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32) for left in lefts))
 
 
 def copy_rows(shape: Shape, ref, token, head, low, high, group: int, rows) -> None:

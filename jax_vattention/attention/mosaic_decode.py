@@ -21,18 +21,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention import decode_split, mosaic_columns, mosaic_copy, mosaic_join, mosaic_pace, target
+from jax_vattention.attention import decode_split, mosaic_columns, mosaic_copy, mosaic_join, mosaic_pace
 from jax_vattention.attention.decode_shape import Shape, Tiling, default_tiling
 from jax_vattention.attention.decode_split import GRAIN, Piece, Work
 from jax_vattention.attention.features import Features
-from jax_vattention.attention.mosaic_compute import Refs, each_tile, inside, wait, widen_tile
+from jax_vattention.attention.mosaic_compute import Refs
 from jax_vattention.attention.mosaic_pace import Team
 from jax_vattention.attention.mosaic_rows import Products, Rows, Wgmma
 from jax_vattention.attention.mosaic_view import (
     BOX,
     ROWS,
     Columns,
-    as_rows,
     part_of,
     pass_on,
     swizzled,
@@ -42,9 +41,9 @@ from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
-_REGISTERS = {(2, False): (208, 40), (1, True): (240, 96, 144), (2, True): (144, 40, 56)}
-"""Of a thread of the warpgroups that multiply, copy and widen, by the streams of a block and whether V is widened by
-warpgroups of its own. Where there are two warpgroups only, a thread of each has all that it can have."""
+_REGISTERS = {2: (208, 40)}
+"""Of a thread of the warpgroups that multiply and copy, by the streams of a block. A thread of one stream has all that
+it can have."""
 
 
 def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
@@ -87,8 +86,6 @@ def run(
     if tiling is None:
         default = default_tiling(view.head_dim, view.k.dtype, batch.num_requests * view.num_kv_heads)
         tiling = tuned(default, "mosaic_decode", view)
-        if target.REGISTERS_STAY and (tiling.streams > 1 or tiling.widens):  # two warpgroups have enough, four have not
-            tiling = default
     shape = Shape.of(
         q, view, batch, features, scale=scale, tiling=tiling, narrow_products=products.narrow,
         paged=page_table is not None, interpret=interpret,
@@ -109,7 +106,7 @@ def run(
         | products.scratch(shape, queries.dtype),
         grid=(shape.tiling.blocks,),
         grid_names=("block",),
-        num_threads=(3 if shape.widens else 2) * shape.tiling.streams,
+        num_threads=2 * shape.tiling.streams,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
@@ -166,7 +163,6 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
         "v_tail_ready": plgpu.Barrier(num_arrivals=boxes, num_barriers=many),
         "k_free": plgpu.Barrier(num_barriers=many),
         "v_free": plgpu.Barrier(num_barriers=many),
-        **({name: plgpu.Barrier(num_barriers=streams) for name in ("wide_ready", "wide_free")} if shape.widens else {}),
         **({"flags": plgpu.SMEM((streams, 2), jnp.int32)} if shape.joins else {}),
     }
 
@@ -204,9 +200,9 @@ def _decode(
     warpgroup, block, count = lax.axis_index("warpgroup"), lax.axis_index("block"), shape.tiling.streams
     local = lax.rem(warpgroup, count)
     work = Work(requests, streams, block * count + local, shape.together)
-    limited = _REGISTERS.get((count, shape.widens), ())
+    limited = _REGISTERS.get(count)
 
-    @pl.when((warpgroup >= count) & (warpgroup < 2 * count))
+    @pl.when(warpgroup >= count)
     def _():
         if limited:
             plgpu.set_max_registers(limited[1], action="decrease")
@@ -217,13 +213,6 @@ def _decode(
             pass_on(order, order_out, block)
             if shape.joins:
                 mosaic_join.fill(owners, requests, out_ref, block, shape.tiling.blocks, unowned=True)
-
-    def widens():
-        plgpu.set_max_registers(limited[2], action="decrease")
-        widen(shape, local, work, **scratch)
-
-    if shape.widens:
-        pl.when(warpgroup >= 2 * count)(widens)
 
     @pl.when(warpgroup < count)
     def _():
@@ -306,33 +295,6 @@ def copy(
         mosaic_pace.end(shape, work.streams, team)
     for free in (k_free, v_free):
         wait_until_free(free, state.free, state.tiles)
-
-
-def widen(
-    shape: Shape, local, work: Work, *, v_smem, v_wide, v_ready, v_tail_ready, v_free, wide_ready, wide_free, **_
-):  # fmt: skip
-    """The warpgroup that converts V for the stream with this number in its block."""
-
-    def until_free():
-        plgpu.barrier_wait(wide_free.at[local])
-
-    def piece(piece: Piece, before):
-        whole = piece.whole_tiles(shape.tile_tokens)
-
-        def tile(tile, tiles, *, masked: bool):
-            stage = lax.rem(tiles, shape.stages)
-            barrier, first = local * shape.stages + stage, piece.first + tile * shape.tile_tokens
-            wait(v_ready, v_tail_ready, barrier, tile >= whole, masked)
-            pl.when(tiles > 0)(until_free)
-            of_request = functools.partial(inside, shape, piece, first) if masked else None
-            widen_tile(as_rows(v_smem.at[local, stage]), v_wide.at[local], of_request)
-            plgpu.barrier_arrive(v_free.at[barrier])
-            plgpu.barrier_arrive(wide_ready.at[local])
-            return tiles + 1
-
-        return each_tile(shape, piece, tile, before)
-
-    pl.when(work.each_piece(piece, jnp.int32(0)) > 0)(until_free)
 
 
 def _copy(shape: Shape, ref, row, column, head, smem, part: int, size: int, ready) -> None:

@@ -7,21 +7,18 @@ of V. How it is multiplied is the one thing that Blackwell does in another way: 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention import float8_queries
 from jax_vattention.attention.decode_shape import Shape
 from jax_vattention.attention.decode_split import Piece, Work
 from jax_vattention.attention.mosaic_compute import (
-    LOG2_E,
     Computing,
     Parts,
     Refs,
@@ -30,8 +27,8 @@ from jax_vattention.attention.mosaic_compute import (
     copy_rows,
     inside,
     iota,
-    visible,
     wait,
+    wgmmas,
     widen_tile,
 )
 from jax_vattention.attention.mosaic_products import sums_of_columns
@@ -39,7 +36,6 @@ from jax_vattention.attention.mosaic_view import (
     BOX,
     ROWS,
     add_eights,
-    as_rows,
     repeat_eights,
     second_eights_of,
     store_rows,
@@ -91,50 +87,28 @@ class Wgmma(Products):
 
     @staticmethod
     def width(shape: Shape) -> int:
-        """All, where a thread has registers for it: six warpgroups leave it 80 to begin with, of which compilers say
-        that they are too few for a product of 128 columns."""
-        few = shape.widens and shape.tiling.streams > 1
-        return math.gcd(shape.head_dim, 64) if few else shape.head_dim
+        """All."""
+        return shape.head_dim
 
     def scores(self, q, k, meanwhile: Callable[[], None]) -> jax.Array:
         """See `Products`."""
-
-        def product(ref):
-            plgpu.wgmma(ref, q, k.transpose((1, 0)))
-            meanwhile()
-            return ref[...]
-
-        return pl.run_scoped(product, plgpu.ACC((ROWS, k.shape[0]), jnp.float32))
+        (scores,), _ = wgmmas((q,), k.transpose((1, 0)), meanwhile=meanwhile, interpreted=self._interpreted)
+        return scores
 
     def add(self, acc: Parts, shrunk: Callable[[jax.Array], jax.Array], weights: jax.Array, v) -> Parts:
         """See `Products`."""
-        return tuple(
-            self._add_part(shrunk(part), weights, columns) for part, columns in zip(acc, _parts(v, acc), strict=True)
-        )
-
-    def _add_part(self, part: jax.Array, weights: jax.Array, v) -> jax.Array:
-        def product(ref):
-            if not self._interpreted:  # which has no accumulators that begin with a value
-                ref[...] = part
-            plgpu.wgmma(ref, weights, v)
-            return ref[...] + part if self._interpreted else ref[...]
-
-        return pl.run_scoped(product, plgpu.ACC((ROWS, part.shape[1]), jnp.float32))
-
-
-def _parts(v, acc: Parts) -> list[Any]:
-    """The columns of V that each of `acc` is of."""
-    if len(acc) == 1:
-        return [v]
-    return [v.at[:, pl.ds(number * part.shape[1], part.shape[1])] for number, part in enumerate(acc)]
+        acc, _ = wgmmas((weights,), v, begin=tuple(map(shrunk, acc)), interpreted=self._interpreted)
+        return acc
 
 
 class Rows(Computing):
     """See `Computing`."""
 
+    queries_axis = 0
+
     def __init__(
         self, shape: Shape, local, work: Work, products: type[Products], refs: Refs, *, k_wide=None, v_wide=None,
-        wide_ready=None, wide_free=None, **memory,
+        **memory,
     ):  # fmt: skip
         def own(array):
             return None if array is None else array.at[local]
@@ -142,7 +116,6 @@ class Rows(Computing):
         super().__init__(shape, local, work, refs, **memory)
         self.products, self.width = products(shape, local, **memory), products.width(shape)
         self.k_wide, self.v_wide = own(k_wide), own(v_wide)
-        self.wide_ready, self.wide_free = own(wide_ready), own(wide_free)
 
     def prepare(self) -> None:
         """Clears idle rows: a product has more than there are queries, and of zeros it takes less power.
@@ -190,40 +163,58 @@ class Rows(Computing):
             # The second eights of rows hold nothing. What is the same as in the first ones is computed once.
             again = functools.partial(repeat_eights, interpreted=shape.interpreted)
             state = state._replace(maximum=again(state.maximum), total=again(state.total))
-        stage = lax.rem(state.tiles, shape.stages)
-        barrier = self.local * shape.stages + stage
-        k, v = (as_rows(each.at[stage]) for each in (self.k, self.v))
-        first = piece.first + tile * shape.tile_tokens
-        wait(*self.k_ready, barrier, tile >= whole, masked)
+        at = self.place(piece, whole, tile, state)
+        barrier, k, v = at.barrier, at.k, at.v
+        wait(*self.k_ready, barrier, at.is_tail, masked)
         if self.k_wide is not None:
             widen_tile(k, self.k_wide)
             plgpu.barrier_arrive(self.k_free.at[barrier])
             k = self.k_wide
+        if self.v_wide is not None:
+            v = self.v_wide
 
         def meanwhile():
-            if self.v_wide is not None and not shape.widens:
-                wait(*self.v_ready, barrier, tile >= whole, masked)
-                widen_tile(v, self.v_wide, functools.partial(inside, shape, piece, first) if masked else None)
+            if self.v_wide is not None:
+                wait(*self.v_ready, barrier, at.is_tail, masked)
+                widen_tile(at.v, self.v_wide, functools.partial(inside, shape, piece, at.first) if masked else None)
                 plgpu.barrier_arrive(self.v_free.at[barrier])
 
-        qk = self.products.scores(q, k, meanwhile)
+        scores = self.products.scores(q, k, meanwhile)
         if self.k_wide is None:
             plgpu.barrier_arrive(self.k_free.at[barrier])
-        maximum, shrink, total, weights = _weighed(shape, piece, first, qk, scale, state, masked)
-        weights = weights.astype(v.dtype if self.v_wide is None else self.v_wide.dtype)
+        scores = self.times(_add_eights(shape, scores) if shape.narrow else scores, scale)
+        maximum, shrink, total, weights = self.weigh(piece, at.first, scores, state, masked=masked)
+        if shape.narrow:
+            weights = zero_second_eights(weights, interpreted=shape.interpreted)
+        weights = weights.astype(v.dtype)
         if self.v_wide is None:
-            wait(*self.v_ready, barrier, tile >= whole, masked)
+            wait(*self.v_ready, barrier, at.is_tail, masked)
             if masked:
-                clear_unseen(shape, v, piece, first)
-        if shape.widens:
-            plgpu.barrier_wait(self.wide_ready)
-        shrunk = functools.partial(_shrunk, shape, shrink)
-        acc = self.products.add(state.acc, shrunk, weights, v if self.v_wide is None else self.v_wide)
+                clear_unseen(shape, v, piece, at.first)
+        acc = self.products.add(state.acc, functools.partial(self._shrunk, shrink), weights, v)
         if self.v_wide is None:
             plgpu.barrier_arrive(self.v_free.at[barrier])
-        if shape.widens:
-            plgpu.barrier_arrive(self.wide_free)
         return State(state.tiles + 1, maximum, total, acc)
+
+    def _shrunk(self, shrink: jax.Array, acc: jax.Array) -> jax.Array:
+        """By a factor for each row that holds something."""
+        shrunk = self.times(acc, shrink)
+        return second_eights_of(shrunk, acc, interpreted=self.shape.interpreted) if self.shape.narrow else shrunk
+
+    def own(self, scores: jax.Array) -> jax.Array:
+        """See `Computing`."""
+        shape = self.shape
+        if shape.together > 1:
+            scores = jnp.where(_own_head(shape), scores, -jnp.inf)
+        return repeat_eights(scores, interpreted=shape.interpreted) if shape.narrow else scores
+
+    def largest(self, maximum: jax.Array, scores: jax.Array) -> jax.Array:
+        """See `Computing`."""
+        return jnp.maximum(maximum, scores.max(axis=1))
+
+    def sums(self, weights: jax.Array) -> jax.Array:
+        """See `Computing`."""
+        return sums_of_columns(weights, interpreted=self.shape.interpreted)
 
     def total(self, state: State) -> jax.Array:
         """See `Computing`."""
@@ -234,7 +225,7 @@ class Rows(Computing):
         if self.shape.quantized:
             first = self.refs.first_scale + self.shape.num_kv_heads + piece.head
             factor *= _of_rows(self.shape, self.refs.scales, first)
-        return tuple(_times(part, factor) for part in acc)
+        return tuple(self.times(part, factor) for part in acc)
 
     def write(self, result: Parts, ref, token, head, low, high, group: int, rows) -> None:
         """See `Computing`."""
@@ -256,47 +247,6 @@ class Rows(Computing):
         self.refs.lse[segment] = lse
 
 
-def _weighed(
-    shape: Shape, piece: Piece, first, qk: jax.Array, scale, state: State, masked: bool
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """A step of the online softmax (Milakov and Gimelshein, 2018).
-
-    Args:
-      first: key with which the tile begins.
-      qk: products, `[ROWS, block_k]`.
-
-    Returns:
-      The new maximum of each row, by what it shrinks what there was, the new totals, and the weights of the keys.
-    """
-    if shape.narrow:
-        qk = _add_eights(shape, qk)
-    qk = _times(qk, scale)
-    if shape.soft_cap is not None:
-        qk = jnp.tanh(qk) * (shape.soft_cap * LOG2_E)
-    if masked:
-        qk = jnp.where(visible(shape, piece, first, qk.shape, 1), qk, -jnp.inf)
-    if shape.together > 1:
-        qk = jnp.where(_own_head(shape), qk, -jnp.inf)
-    if shape.narrow:
-        qk = repeat_eights(qk, interpreted=shape.interpreted)
-    maximum = jnp.maximum(state.maximum, qk.max(axis=1))
-    base = maximum
-    if not shape.all_see_keys:
-        base = jnp.where(maximum == -jnp.inf, jnp.zeros_like(maximum), maximum)
-    shrink = jnp.exp2(state.maximum - base)
-    weights = jnp.exp2(qk - lax.broadcast_in_dim(base, qk.shape, [0]))
-    sums = sums_of_columns(weights, interpreted=shape.interpreted)
-    total = state.total * lax.broadcast_in_dim(shrink, state.total.shape, [0]) + sums
-    if shape.narrow:
-        weights = zero_second_eights(weights, interpreted=shape.interpreted)
-    return maximum, shrink, total, weights
-
-
-def _times(array: jax.Array, factor: Any) -> jax.Array:
-    """By a number, or by one for each row."""
-    return array * (lax.broadcast_in_dim(factor, array.shape, [0]) if jnp.ndim(factor) else factor)
-
-
 def _of_rows(shape: Shape, scales, first) -> jax.Array:
     """The scale of each row's KV head: `[ROWS]`, or one number; `first` is where that of the first head of a set is."""
     if shape.together == 1:
@@ -316,12 +266,6 @@ def _add_eights(shape: Shape, qk: jax.Array) -> jax.Array:
     eights = qk.reshape(-1, 2, BOX, qk.shape[1])
     whole = eights[:, :1] + eights[:, 1:] / float8_queries.LOST
     return jnp.concatenate([whole, whole], axis=1).reshape(qk.shape)
-
-
-def _shrunk(shape: Shape, shrink: jax.Array, acc: jax.Array) -> jax.Array:
-    """By a factor for each row that holds something."""
-    shrunk = _times(acc, shrink)
-    return second_eights_of(shrunk, acc, interpreted=shape.interpreted) if shape.narrow else shrunk
 
 
 def _own_head(shape: Shape) -> jax.Array:
