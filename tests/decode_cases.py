@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import test_attention as suite
 from caches import plain_cache
-from mosaic_interpreter import assert_no_races, interpreter
+from mosaic_interpreter import assert_no_races, interpreting
 from reference_attention import reference_attention
 
 from jax_vattention import KVCacheSpec, LayerGroup
@@ -20,7 +20,6 @@ def check_decode(
     Args:
       interpreted: or on the GPU.
     """
-    params = interpreter() if interpreted else False
     requests = len(lengths)
     q_lens = [int(length > 0) for length in lengths] if queries is None else queries
     groups = () if window is None else (LayerGroup((0, 1), window=window),)
@@ -47,10 +46,11 @@ def check_decode(
     batch = suite.make_batch(range(requests), q_lens, lengths, max_q_len=max(1, *q_lens))
     logits = jnp.asarray(rng.standard_normal(kv_heads * group), jnp.float32) if sinks else None
     features = Features(soft_cap, logits, None if prefix is None else jnp.asarray(prefix, jnp.int32))
-    out, order = run(
-        q, cache.layer_view(1), cache.order, batch, features, scale=head_dim**-0.5, tiling=tiling, **paging,
-        interpret=params, interpret_tables=interpreted,
-    )  # fmt: skip
+    with interpreting(interpreted) as params:
+        out, order = run(
+            q, cache.layer_view(1), cache.order, batch, features, scale=head_dim**-0.5, tiling=tiling, **paging,
+            interpret=params, interpret_tables=interpreted,
+        )  # fmt: skip
     np.testing.assert_array_equal(order, 0)
     out = np.asarray(out.astype(jnp.float32))
     if interpreted:

@@ -7,7 +7,9 @@ other name.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -31,6 +33,20 @@ def interpreter():
         return plgpu.InterpretGPUParams(detect_races=True)
     except (ImportError, AttributeError) as error:
         pytest.skip(f"jax {jax.__version__} cannot interpret the kernel: {error}")
+
+
+@contextlib.contextmanager
+def interpreting(wanted: bool = True) -> Iterator[object]:
+    """What `interpret=` takes; False if it is not wanted. What is interpreted is compiled quickly, to be slow."""
+    if not wanted:
+        yield False
+        return
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield interpreter()
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def assert_no_races() -> None:

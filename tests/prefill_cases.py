@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 from caches import plain_cache
-from mosaic_interpreter import assert_no_races, interpreter
+from mosaic_interpreter import assert_no_races, interpreting
 from reference_attention import reference_attention
 from test_attention import random_kv
 
@@ -60,10 +60,11 @@ def check(kernel, requests, *, interpreted=True, **options) -> None:
         options.get("soft_cap"), sinks, None if prefix_lens is None else jnp.asarray(prefix_lens, jnp.int32)
     ).bounded(batch)
     scale = options.get("scale", dim**-0.5)
-    out, order = kernel.run(
-        q, cache.layer_view(1), cache.order, batch, features, scale=scale,
-        tiling=kernel.Tiling(**tiling), interpret=interpreter() if interpreted else False,
-    )  # fmt: skip
+    with interpreting(interpreted) as params:
+        out, order = kernel.run(
+            q, cache.layer_view(1), cache.order, batch, features, scale=scale, tiling=kernel.Tiling(**tiling),
+            interpret=params,
+        )  # fmt: skip
     np.testing.assert_array_equal(order, 0)
     if interpreted:
         assert_no_races()

@@ -339,19 +339,33 @@ def test_most_shared_memory_of_a_decode_fits(dtype, head_dim, kv_heads, max_q_le
     assert len(mosaic_kernels(each)) == (2 if jax.__version_info__ >= (0, 11) else 0)
 
 
-TUNED = [row for row in tilings._rows() if "gpu" in row or row["kernel"] == "mosaic_mixed_decode"]
+TUNED = [row for row in tilings._rows() if row["kernel"] == "mosaic_decode" and "gpu" in row]
+TUNED_MIXED = [row for row in tilings._rows() if row["kernel"].startswith("mosaic_mixed")]
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
-@pytest.mark.parametrize(
-    "row", TUNED, ids=lambda row: "-".join(str(row.get(name)) for name in ("kernel", "gpu", "kv_dtype", "layout"))
-)
-def test_what_is_tuned_fits(row, monkeypatch):
-    is_mixed = row["kernel"].startswith("mosaic_mixed")
-    found = results_of(monkeypatch, (prefill_shape if row["kernel"] == "mosaic_mixed" else decode_shape).Shape, "of")
+@pytest.mark.parametrize("row", TUNED, ids=lambda row: "-".join(str(row.get(each)) for each in ("kv_dtype", "layout")))
+def test_tuned_decode_fits(row, monkeypatch, capfd):
+    check_tuned([row], row["gpu"], 1024 * (64 + TUNED.index(row)), monkeypatch, capfd)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
+@pytest.mark.parametrize("gpu", sorted({row.get("gpu") for row in TUNED_MIXED}, key=str))
+def test_tuned_mixed_steps_fit(gpu, monkeypatch, capfd):
+    rows = [row for row in TUNED_MIXED if row.get("gpu") == gpu]
+    check_tuned(rows, gpu, 1024 * (128 if gpu is None else 129), monkeypatch, capfd)
+
+
+def check_tuned(rows, gpu, length, monkeypatch, capfd):
+    """Compiles a program with requests of this length, for what was compiled before is not reported again."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    shapes = {
+        kernel: results_of(monkeypatch, shape.Shape, "of")
+        for kernel, shape in (("mosaic_mixed", prefill_shape), ("mosaic_mixed_decode", decode_shape))
+    }
+    shapes["mosaic_decode"] = shapes["mosaic_mixed_decode"]
+    row, is_mixed = rows[0], rows[0]["kernel"] != "mosaic_decode"
     layout = row.get("layout", "token_major")
-    # Not another row's program, which would be taken from there.
-    length = 1024 * (64 + TUNED.index(row))
     spec = llama_spec(length, jnp.dtype(row["kv_dtype"]), row["head_dim"], layout=layout)
     # Not room for as many queries of each request: that would be for prefill.
     tokens, max_q_len = (1024, 512) if is_mixed else (REQUESTS, 1)
@@ -360,44 +374,43 @@ def test_what_is_tuned_fits(row, monkeypatch):
     def first_layers(q, cache, batch):
         return straight(q, cache, 0, batch)
 
-    each = compile_for("h100", first_layers, q, abstract_cache(spec), abstract_batch(max_q_len), kind=row.get("gpu"))
+    each = compile_for("h100", first_layers, q, abstract_cache(spec), abstract_batch(max_q_len), kind=gpu)
     assert_views_not_copied(each, spec)
     assert len(mosaic_kernels(each)) == 2
-    assert found
-    for shape in found:
-        assert row["tiling"].items() <= dataclasses.asdict(shape.tiling).items()
-
-
-SERIALIZED = re.compile("wgmma.mma_async instructions are serialized.*")
+    assert_none_serialized("".join(capfd.readouterr()))
+    for row in rows:
+        found = shapes[row["kernel"]]
+        assert found
+        for shape in found:
+            assert row["tiling"].items() <= dataclasses.asdict(shape.tiling).items()
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
 @pytest.mark.parametrize(
-    ("kind", "dtype", "head_dim", "max_q_len", "tokens"),
+    ("dtype", "head_dim", "max_q_len", "tokens"),
     [
-        (None, jnp.bfloat16, 128, 1, REQUESTS),
-        ("NVIDIA H200", jnp.bfloat16, 128, 1, REQUESTS),
-        (None, jnp.float8_e4m3fn, 128, 1, REQUESTS),
-        ("NVIDIA H200", jnp.float8_e4m3fn, 128, 1, REQUESTS),
-        (None, jnp.bfloat16, 256, 4, 4 * REQUESTS),
-        (None, jnp.bfloat16, 128, 512, 1024),  # of both kinds
-        ("NVIDIA H200", jnp.bfloat16, 128, 512, 1024),
-        (None, jnp.float16, 128, 512, 1024),
-        (None, jnp.bfloat16, 128, 512, 512 * REQUESTS),
+        (jnp.bfloat16, 128, 1, REQUESTS),
+        (jnp.float8_e4m3fn, 128, 1, REQUESTS),
+        (jnp.bfloat16, 256, 4, 4 * REQUESTS),
+        (jnp.float16, 128, 512, 1024),  # of both kinds
+        (jnp.bfloat16, 128, 512, 512 * REQUESTS),
     ],
-    ids=lambda each: getattr(each, "__name__", each or "H100"),
+    ids=lambda each: getattr(each, "__name__", each),
 )
-def test_no_product_waits_for_each_of_its_instructions(kind, dtype, head_dim, max_q_len, tokens, monkeypatch, capfd):
-    """As it does where it has too few registers, or where compilers do not see what it reads."""
+def test_no_product_is_serialized(dtype, head_dim, max_q_len, tokens, monkeypatch, capfd):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     # What was compiled before is not reported again: sizes of no other test.
-    spec = llama_spec(max_seq_len=8192 if kind is None else 16_384, dtype=dtype, head_dim=head_dim)
+    spec = llama_spec(max_seq_len=8192, dtype=dtype, head_dim=head_dim)
     q = jax.ShapeDtypeStruct((tokens, Q_HEADS, head_dim), jnp.bfloat16 if spec.quantized else dtype)
-    each = compile_for("h100", straight, q, abstract_cache(spec), int32(), abstract_batch(max_q_len), kind=kind)
+    each = compile_for("h100", straight, q, abstract_cache(spec), int32(), abstract_batch(max_q_len))
     assert len(mosaic_kernels(each)) == 2
-    report = "".join(capfd.readouterr())
+    assert_none_serialized("".join(capfd.readouterr()))
+
+
+def assert_none_serialized(report):
+    """Products wait for each of their instructions where they have too few registers, or what they read is not seen."""
     assert "Used" in report, "ptxas reports nothing any more"
-    assert not SERIALIZED.findall(report)
+    assert not re.findall("wgmma.mma_async instructions are serialized.*", report)
 
 
 @pytest.mark.parametrize(("target", "max_q_len"), [("a100", 1), ("h100", 512), ("b200", 1)])
