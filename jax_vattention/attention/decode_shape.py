@@ -26,6 +26,10 @@ _SHORT = 256
 """Bytes of a row of K or V, of one head of a token: shorter ones are read with those of other heads."""
 
 
+_BOXES = 4
+"""Of the rest of a tile: with as many, the most instructions that one takes are the least, 3 and 3 for 128 tokens."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiling:
     """What may be tuned: shared memory holds `stages + behind` tiles of K and V for each of the streams."""
@@ -150,6 +154,11 @@ class Shape(CommonShape):
         return self.quantized and self.narrow_products and 2 * self.rows <= ROWS
 
     @property
+    def part_rows(self) -> int:
+        """Rows of the two numbers of queries: those of a product, or as many as there are."""
+        return ROWS if self.in_eights else self.product_rows
+
+    @property
     def in_eights(self) -> bool:
         """Whether of the rows of a product each second eight has the second numbers of the one above."""
         return self.narrow and not self.keys_as_rows
@@ -240,6 +249,11 @@ class Shape(CommonShape):
     def copies(self) -> int:
         """That a whole tile of K or V takes."""
         return max(1, self.tile_tokens // GRAIN) if self.paged else 1
+
+    @property
+    def boxes_at_once(self) -> int:
+        """Of the rest of a tile, copied by one instruction as long as there are as many."""
+        return 1 if self.paged or self.together > 1 else min(_BOXES, self.tile_tokens // BOX)
 
     @property
     def copied_tokens(self) -> int:

@@ -45,7 +45,7 @@ def scratch(shape: Shape, dtype: Any) -> dict[str, Any]:
     return {
         "weights": swizzled((streams, shape.rows, shape.tiling.block_k), dtype),
         "partial": plgpu.SMEM((streams, WARPS, shape.rows), jnp.float32),
-        **({"factors": plgpu.SMEM((streams, ROWS), jnp.float32)} if shape.quantized else {}),
+        **({"factors": plgpu.SMEM((streams, shape.product_rows), jnp.float32)} if shape.quantized else {}),
     }
 
 
@@ -68,11 +68,9 @@ class Columns(Computing):
         q, scale = super().begin(piece)
         if not shape.quantized:
             return q, scale
-        self.factors[...] = float8_queries.split(q, self.query_parts, interpreted=shape.interpreted)
-        plgpu.commit_smem()
-        columns = pl.ds(0, shape.product_rows)
-        factors = plgpu.load(self.factors.at[columns], layout=OF_COLUMNS)  # type: ignore[call-arg]  # jax 0.10
-        return self.query_parts.at[columns], factors * (scale * self.refs.scales[self.refs.first_scale + piece.head])
+        float8_queries.split_eights(q, self.query_parts, self.factors, interpreted=shape.interpreted)
+        factors = plgpu.load(self.factors, layout=OF_COLUMNS)  # type: ignore[call-arg]  # jax 0.10
+        return self.query_parts, factors * (scale * self.refs.scales[self.refs.first_scale + piece.head])
 
     def nothing(self, tiles) -> State:
         """See `Computing`."""

@@ -154,7 +154,7 @@ class Computing(abc.ABC):
         tile = self.shape.query_tile(request, token, lax.div(head, self.shape.together))
         buffer, rows = lax.rem(number, 2), self.refs.q.shape[1]
         target, ready = self.queries.at[buffer], self.queries_ready.at[2 * self.local + buffer]
-        if self.query_parts is None:
+        if not self.shape.in_eights:
             plgpu.copy_gmem_to_smem(self.refs.q.at[tile], target.at[pl.ds(0, rows)], ready)
             return
         for row in range(0, 2 * rows, BOX):
@@ -357,10 +357,7 @@ def visible(shape: Shape, piece: Piece, first, sizes: tuple[int, ...], keys_axis
 
 def clear_unseen(shape: Shape, v, piece: Piece, first) -> None:
     """Whatever lies around the request's tokens, NaN too, times a weight of 0 must be 0."""
-    # In a piece that ends within the request all boxes are of its tokens.
-    outside = jnp.logical_or(
-        jnp.logical_and(first + shape.tile_tokens > piece.end, lax.rem(piece.end, BOX) != 0), first < piece.of.lower
-    )
+    outside = jnp.logical_or(first + shape.tile_tokens > piece.end, first < piece.of.lower)
 
     @pl.when(outside)
     def _():

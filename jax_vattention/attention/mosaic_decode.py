@@ -6,13 +6,14 @@ joined by the last of those who had keys of a pair, or by a kernel of its own (s
 A block holds streams, each a pair of warpgroups: one that copies tiles of K and V into shared memory with the tensor
 memory accelerator, and one that multiplies them with the query heads that share the KV head (see `mosaic_compute`).
 
-What is not mapped is never addressed: a last tile is copied in boxes of `KV_TAIL_TOKENS` tokens, up to which the
-manager maps, and in the place of a box without a token of the request the first one is copied again.
+What is not mapped is never addressed: a last tile is copied as far as there are boxes of `KV_TAIL_TOKENS` tokens, up to
+which the manager maps, with tokens of the request. Behind them is what was there before, and it is not seen.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -145,8 +146,8 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
     boxes = shape.tile_tokens // BOX * shape.arrivals(BOX)
     rows = (("out_smem", out_dtype), ("part_smem", jnp.float32))
     return {
-        "q_smem": tiles(2, shape.rows if shape.keys_as_rows and not shape.narrow else ROWS, shape.head_dim),
-        **({"q_parts": tiles(ROWS, shape.head_dim, dtype=kv_dtype)} if shape.narrow else {}),
+        "q_smem": tiles(2, shape.rows if shape.keys_as_rows else ROWS, shape.head_dim),
+        **({"q_parts": tiles(shape.part_rows, shape.head_dim, dtype=kv_dtype)} if shape.narrow else {}),
         "k_smem": kv(),
         "v_smem": kv(),
         **(mosaic_columns.scratch(shape, dtype) if shape.keys_as_rows else {}),
@@ -156,7 +157,9 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
             if shape.interpreted
             else {}
         ),
-        "q_ready": plgpu.Barrier(num_arrivals=2 * shape.rows // BOX if shape.narrow else 1, num_barriers=2 * streams),
+        "q_ready": plgpu.Barrier(
+            num_arrivals=2 * shape.rows // BOX if shape.in_eights else 1, num_barriers=2 * streams
+        ),
         "k_ready": plgpu.Barrier(num_arrivals=whole, num_barriers=many),
         "v_ready": plgpu.Barrier(num_arrivals=whole, num_barriers=many),
         "k_tail_ready": plgpu.Barrier(num_arrivals=boxes, num_barriers=many),
@@ -256,14 +259,14 @@ def copy(
 
         lax.fori_loop(first, end, wait, None)
 
-    def place(piece: Piece, token):
-        """Where in its slot a token is."""
-        if not shape.paged:
-            return token
-        return pages[piece.request, lax.div(token, GRAIN)] * GRAIN + lax.rem(token, GRAIN)
-
     def piece(piece: Piece, state: _Progress):
         base, columns = piece.of.row, (layer, layer + shape.v_column)
+
+        def place(token):
+            """Where in its slot a token is."""
+            if not shape.paged:
+                return token
+            return pages[piece.request, lax.div(token, GRAIN)] * GRAIN + lax.rem(token, GRAIN)
 
         def tile(tile, state: _Progress, *, tail: bool):
             # With this one at most `depth` are under way. Where that has grown, there is nothing to wait for.
@@ -272,15 +275,14 @@ def copy(
             barrier = local * stages + stage
             token = piece.first + tile * tokens
             for column, (ref, smem, ready, tail_ready, free) in zip(columns, sides, strict=True):
-                smem = smem.at[local, stage]
                 wait_until_free(free, state.free, end)
-                size = BOX if tail else tokens // shape.copies
+                to = functools.partial(_copy, shape, ref, base, column, piece.head, smem.at[local, stage])
+                if tail:
+                    _copy_tail(shape, to, token, piece.end, place, tail_ready.at[barrier])
+                    continue
+                size = tokens // shape.copies
                 for part in range(0, tokens, size):
-                    begin = token + part
-                    if tail:
-                        begin = jnp.where(begin < piece.end, begin, token)
-                    arrived = (tail_ready if tail else ready).at[barrier]
-                    _copy(shape, ref, base + place(piece, begin), column, piece.head, smem, part, size, arrived)
+                    to(place(token + part), part // BOX, size, ready.at[barrier])
             keys, depth = state.keys + (piece.end - token if tail else tokens), state.depth
             if shape.tiling.behind:
                 depth = mosaic_pace.depth(shape, work.streams, team, state.keys, keys, depth)
@@ -297,22 +299,47 @@ def copy(
         wait_until_free(free, state.free, state.tiles)
 
 
-def _copy(shape: Shape, ref, row, column, head, smem, part: int, size: int, ready) -> None:
-    """Copies so many tokens of a set to where token `part` of a tile is."""
+def _copy_tail(shape: Shape, to: Callable[..., None], token, end, place: Callable[[Any], Any], ready) -> None:
+    """Copies a tile, from a token on, as far as there are tokens: no box more. It arrives as often as all would."""
+    boxes = lax.div(end - token + BOX - 1, BOX)
+
+    def copy(first, stop, size: int):
+        def one(number, nothing):
+            box = number * (size // BOX)
+            to(place(token + box * BOX), box, size, ready)
+            return nothing
+
+        lax.fori_loop(first, stop, one, None)
+
+    def arrive(_, nothing):
+        plgpu.barrier_arrive(ready)
+        return nothing
+
+    several = lax.div(boxes, shape.boxes_at_once)
+    copy(0, several, shape.boxes_at_once * BOX)
+    left = boxes
+    if shape.boxes_at_once > 1:
+        copy(several * shape.boxes_at_once, boxes, BOX)
+        left = several + boxes - several * shape.boxes_at_once
+    lax.fori_loop(left * shape.arrivals(BOX), shape.tile_tokens // BOX * shape.arrivals(BOX), arrive, None)
+
+
+def _copy(shape: Shape, ref, base, column, head, smem, token, box, size: int, ready) -> None:
+    """Copies so many tokens of a set, from one of a slot on, to where a box of a tile is."""
     # Partial results and tables stay in L2 then. Where rows are longer, and there is less to join, nothing is gained.
-    policy = mosaic_copy.READ_ONCE if shape.quantized else None
+    policy, row = mosaic_copy.READ_ONCE if shape.quantized else None, base + token
     if shape.together == 1:
         tokens = tokens_of(ref, row, size, column, head, interpreted=shape.interpreted)
-        smem = part_of(smem, part, size, interpreted=shape.interpreted)
+        smem = part_of(smem, box, size, interpreted=shape.interpreted)
         mosaic_copy.copy(tokens, smem, ready, policy=policy, interpreted=shape.interpreted)
         return
     for token in range(0, size, shape.copied_tokens):
         if shape.interpreted:
             source = ref.at[row + token, column, pl.ds(head, shape.together)]
-            target = smem.at[pl.ds((part + token) * shape.together, shape.together)]
+            target = smem.at[pl.ds((box * BOX + token) * shape.together, shape.together)]
         else:
             source = ref.at[lax.div(row + token, BOX), column, :, lax.div(head, shape.together)]
-            target = smem.at[pl.ds(part + token, BOX)]
+            target = smem.at[pl.ds(box * BOX + token, BOX)]
         mosaic_copy.copy(source, target, ready, policy=policy, interpreted=shape.interpreted)
 
 

@@ -423,7 +423,7 @@ def copy(
             def _():
                 for box in range(0, block_k, BOX):
                     begin = jnp.where(key + box < tile.kv_len, key + box, key)
-                    target = part_of(smem.at[stage], box, BOX, interpreted=shape.interpreted)
+                    target = part_of(smem.at[stage], box // BOX, BOX, interpreted=shape.interpreted)
                     plgpu.copy_gmem_to_smem(tokens(begin, BOX), target, tail)
                 plgpu.barrier_wait(tail)
                 if ref is v_ref and side is values:

@@ -97,6 +97,14 @@ def issue(instruction: str, *operands: ir.Value, constraint: str = "r") -> None:
     llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, instruction, constraints, has_side_effects=True)
 
 
+def assembled(asm: str, constraints: str, *operands: ir.Value, results: int) -> list[ir.Value]:
+    """Inline assembly that gives so many registers of 32 bits."""
+    i32 = ir.IntegerType.get_signless(32)
+    several = ir.Type.parse(f"!llvm.struct<({', '.join(['i32'] * results)})>")
+    found: Any = llvm.inline_asm(several, operands, asm, constraints, has_side_effects=True)
+    return [llvm.extractvalue(i32, found, ir.DenseI64ArrayAttr.get([i])) for i in range(results)]
+
+
 def settle(in_flight: int, *arrays, interpreted: bool) -> tuple:
     """Waits until so many products are in flight; returns `arrays`, results of products that are over then."""
     if interpreted:

@@ -20,7 +20,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention.mosaic_products import elements, issue, packed
+from jax_vattention.attention.mosaic_products import assembled, elements, issue, packed
 from jax_vattention.attention.mosaic_view import BOX, ROWS, THREADS, operand
 
 WARPS = THREADS // 32
@@ -30,7 +30,7 @@ _WGMMA = plgpu.Layout.WGMMA
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 _LANES = 4
 """Of a warp: so many have all columns of an eight, each two of them."""
-_LINE, _CHUNK = 128, 16
+LINE, CHUNK = 128, 16
 """Bytes of a row of a swizzled tile, and of what is swizzled."""
 _FOUR = 4
 """Columns of float8 that a thread reads at once."""
@@ -50,7 +50,7 @@ def across(combine: Callable[..., Any], begin: jax.Array, array: jax.Array, memo
     @plgpu.inline_mgpu(arg_types=(OF_COLUMNS, _WGMMA, plgpu.RefType()), return_type=of)
     def combined(_, begin, array, memory):
         index, pair = ir.IndexType.get(), ir.VectorType.get((2,), ir.F32Type.get())
-        warp, lane = _warp_and_lane(index)
+        warp, lane = warp_and_lane(index)
         found = [functools.reduce(combine, column) for column in _columns(array)]
         for distance in (_LANES, 2 * _LANES, 4 * _LANES):
             found = [combine(each, mgpu.utils.shfl_bfly(each, distance)) for each in found]
@@ -125,16 +125,16 @@ def widened(tile, *, interpreted: bool) -> tuple[jax.Array, ...]:
     @plgpu.inline_mgpu(arg_types=(operand(tile),), return_type=(of,) * (columns // ROWS))
     def widen(_, tile):
         i32 = ir.IntegerType.get_signless(32)
-        warp, lane = _warp_and_lane(i32)
+        warp, lane = warp_and_lane(i32)
         # A thread has two keys of each eight, and four bytes of a line of each.
         key, byte = arith.remui(lane, mgpu.c(_LANES, i32)), arith.divui(lane, mgpu.c(_LANES, i32))
         key = arith.muli(key, mgpu.c(2, i32))
-        byte = arith.addi(arith.muli(byte, mgpu.c(_FOUR, i32)), arith.muli(warp, mgpu.c(_LINE // WARPS, i32)))
-        one, other = (_address(tile, each, byte) for each in (key, arith.addi(key, mgpu.c(1, i32))))
-        layout, lines = fragments.WGMMA_LAYOUT, columns // _LINE
+        byte = arith.addi(arith.muli(byte, mgpu.c(_FOUR, i32)), arith.muli(warp, mgpu.c(LINE // WARPS, i32)))
+        one, other = (address(tile, each, byte) for each in (key, arith.addi(key, mgpu.c(1, i32))))
+        layout, lines = fragments.WGMMA_LAYOUT, columns // LINE
         parts = [np.empty(layout.registers_shape((ROWS, keys)), dtype=object) for _ in range(columns // ROWS)]
         for line, eight in np.ndindex(lines, keys // BOX):
-            pairs = _widen(one, other, (eight * lines + line) * BOX * _LINE)
+            pairs = _widen(one, other, (eight * lines + line) * BOX * LINE)
             for i, pair in enumerate(pairs):
                 part = parts[2 * line + i // 2]
                 part[(0, eight, 0, 0, i % 2, *(0,) * (part.ndim - 5))] = pair
@@ -143,19 +143,18 @@ def widened(tile, *, interpreted: bool) -> tuple[jax.Array, ...]:
     return widen(tile)
 
 
-def _address(tile, row: ir.Value, byte: ir.Value) -> ir.Value:
+def address(tile, row: ir.Value, byte: ir.Value) -> ir.Value:
     """In shared memory, of a byte of a row of the first eight, as `swizzled` makes it."""
     i32 = ir.IntegerType.get_signless(32)
-    size = mgpu.c(_CHUNK, i32)
+    size = mgpu.c(CHUNK, i32)
     chunk = arith.xori(arith.divui(byte, size), row)
     offset = arith.addi(arith.muli(chunk, size), arith.remui(byte, size))
-    offset = arith.addi(offset, arith.muli(row, mgpu.c(_LINE, i32)))
+    offset = arith.addi(offset, arith.muli(row, mgpu.c(LINE, i32)))
     return arith.addi(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(tile)), offset)
 
 
 def _widen(first: ir.Value, second: ir.Value, offset: int) -> list[ir.Value]:
     """Four pairs of float16: of four float8 numbers so many bytes behind each of two places, those of one column."""
-    i32 = ir.IntegerType.get_signless(32)
     asm = f"""{{ .reg .b32 a, b, c; .reg .b16 l, h;
         ld.shared.b32 a, [$4 + {offset}];
         ld.shared.b32 b, [$5 + {offset}];
@@ -167,11 +166,13 @@ def _widen(first: ir.Value, second: ir.Value, offset: int) -> list[ir.Value]:
         mov.b32 {{l, h}}, c;
         cvt.rn.f16x2.e4m3x2 $2, l;
         cvt.rn.f16x2.e4m3x2 $3, h; }}"""
-    four = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
-    found: Any = llvm.inline_asm(four, [first, second], asm, "=r,=r,=r,=r,r,r", has_side_effects=True)
-    pair = ir.VectorType.get((2,), ir.F16Type.get())
-    words = (llvm.extractvalue(i32, found, ir.DenseI64ArrayAttr.get([i])) for i in range(4))
-    return [vector.bitcast(pair, vector.broadcast(ir.VectorType.get((1,), i32), word)) for word in words]
+    words = assembled(asm, "=r,=r,=r,=r,r,r", first, second, results=4)
+    return [pair(word, ir.F16Type.get()) for word in words]
+
+
+def pair(word: ir.Value, of: ir.Type) -> Any:
+    """What a register of 32 bits holds, as a vector of two numbers of 16 bits."""
+    return vector.bitcast(ir.VectorType.get((2,), of), vector.broadcast(ir.VectorType.get((1,), word.type), word))
 
 
 def store_transposed(array: jax.Array, target, *, interpreted: bool) -> None:
@@ -183,19 +184,19 @@ def store_transposed(array: jax.Array, target, *, interpreted: bool) -> None:
     @plgpu.inline_mgpu(arg_types=(_WGMMA, operand(target)))
     def store(_, array, target):
         i32 = ir.IntegerType.get_signless(32)
-        warp, lane = _warp_and_lane(i32)
+        warp, lane = warp_and_lane(i32)
         # A lane says where a row of eight keys of one of two matrices goes, whoever holds it: a warp has 16 keys.
         eight = mgpu.c(BOX, i32)
         row, half = arith.remui(lane, eight), arith.remui(arith.divui(lane, eight), mgpu.c(2, i32))
         chunk = arith.addi(arith.muli(warp, mgpu.c(2, i32)), half)
-        begin = _address(target, row, arith.muli(chunk, mgpu.c(_CHUNK, i32)))
+        begin = address(target, row, arith.muli(chunk, mgpu.c(CHUNK, i32)))
         tiles = array.shape[0] // ROWS
         halves: dict[int, list[ir.Value]] = {}
         for at, register in np.ndenumerate(array.registers):
             halves.setdefault(at[1] * tiles + at[0], []).append(_bits(register))
         for tile, registers in halves.items():
-            address = arith.addi(begin, mgpu.c(tile * BOX * _LINE, i32))
-            issue("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [$0], {$1, $2};", address, *registers)
+            to = arith.addi(begin, mgpu.c(tile * BOX * LINE, i32))
+            issue("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [$0], {$1, $2};", to, *registers)
 
     store(array, target)
 
@@ -220,13 +221,13 @@ def store_columns(
         index = ir.IndexType.get()
         scalars, parts = arguments[:4], arguments[4:]
         token, head, low, high = (arith.index_cast(index, each.registers.item()) for each in scalars)
-        warp, lane = _warp_and_lane(index)
+        warp, lane = warp_and_lane(index)
         size = mgpu.c(group, index)
         of_parts = map(_columns, parts)
         columns: list[list[Any]] = [list(itertools.chain(*each)) for each in zip(*of_parts, strict=True)]
         if in_fours:
-            of_warp, of_lane, firsts = _LINE // WARPS, _FOUR, range(0, len(columns[0]), _FOUR)
-            offsets = [first // _FOUR * _LINE for first in firsts]
+            of_warp, of_lane, firsts = LINE // WARPS, _FOUR, range(0, len(columns[0]), _FOUR)
+            offsets = [first // _FOUR * LINE for first in firsts]
             four = ir.VectorType.get((_FOUR,), ir.MemRefType(out.type).element_type)
             columns = [[packed(four, each[first : first + _FOUR]) for first in firsts] for each in columns]
         else:
@@ -256,7 +257,7 @@ def store_line(line, out_ref, row) -> None:
     @plgpu.inline_mgpu(arg_types=(OF_COLUMNS, plgpu.RefType(), _SCALAR))
     def store(_, line, out, row):
         index = ir.IndexType.get()
-        warp, lane = _warp_and_lane(index)
+        warp, lane = warp_and_lane(index)
         to = arith.index_cast(index, row.registers.item())
         thread = arith.addi(arith.muli(warp, mgpu.c(32, index)), lane)
         with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, thread, mgpu.c(_LANES, index))):
@@ -266,7 +267,7 @@ def store_line(line, out_ref, row) -> None:
     store(line, out_ref, row)
 
 
-def _warp_and_lane(of: ir.Type) -> tuple[ir.Value, ir.Value]:
+def warp_and_lane(of: ir.Type) -> tuple[ir.Value, ir.Value]:
     """Of a thread: its warp in the warpgroup, and its number in the warp."""
     i32 = ir.IntegerType.get_signless(32)
     thread = arith.remui(mgpu.thread_idx(), mgpu.c(THREADS, i32))

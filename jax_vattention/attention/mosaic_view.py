@@ -64,9 +64,9 @@ def tokens_of(ref, row: jax.Array, tokens: int, column: jax.Array, head: jax.Arr
     return ref.at[pl.ds(lax.div(row, BOX), tokens // BOX), column, :, head]
 
 
-def part_of(tile, first: int, tokens: int, *, interpreted: bool):
-    """So many tokens from `first` on, both multiples of 8, of a tile."""
-    return tile.at[pl.ds(first, tokens)] if interpreted else tile.at[pl.ds(first // BOX, tokens // BOX)]
+def part_of(tile, first_box: Any, tokens: int, *, interpreted: bool):
+    """So many tokens, a multiple of 8, from a box of 8 tokens on, of a tile."""
+    return tile.at[pl.ds(first_box * BOX, tokens)] if interpreted else tile.at[pl.ds(first_box, tokens // BOX)]
 
 
 def as_rows(tile):
