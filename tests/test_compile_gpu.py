@@ -128,8 +128,8 @@ def mosaic_kernels(each):
     return [rest for rest in gpu_kernels(each) if 'custom_call_target="mosaic_gpu' in rest]
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("max_q_len", [1, 512], ids=["decode", "prefill"])
+# Prefill in loops is in `test_compile_programs`, with smaller sizes.
+@pytest.mark.parametrize(("program", "max_q_len"), [*((program, 1) for program in PROGRAMS), ("straight", 512)])
 def test_view_is_not_copied(program, max_q_len):
     short, long = llama_spec(max_seq_len=8192), llama_spec(max_seq_len=131072)
     programs = [compiled("h100", program, spec, max_q_len) for spec in (short, long)]
@@ -308,8 +308,9 @@ def test_streams_count_in_no_table_of_kernels_that_may_run_at_the_same_time(monk
     assert len(combines) == 2
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
-@pytest.mark.parametrize("kv_heads", [8, 16])
+@pytest.mark.parametrize(
+    ("head_dim", "kv_heads"), [*((head_dim, 8) for head_dim in (64, 96, 128, 192, 256)), (64, 16), (128, 16)]
+)
 def test_float8_decode_on_hopper(head_dim, kv_heads):
     """Of more pairs than 128, here with 16 heads, eight heads of a token are read together."""
     spec = llama_spec(dtype=jnp.float8_e4m3fn, head_dim=head_dim, kv_heads=kv_heads)

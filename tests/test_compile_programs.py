@@ -121,11 +121,13 @@ CASES = [
 def test_append_and_attention(target, program, variant, max_q_len):
     if target in ("a100", "b200") and program in (cond, known_lengths):
         pytest.skip("a program is the same for all GPUs but for its kernels, which the others have too")
+    if target != "cpu" and program is known_lengths and "layer_major" in variant:
+        pytest.skip("the CPU and the other layout say what XLA moves")
     rows = int32(REQUESTS)
     batch = RaggedBatch(rows, rows, rows, rows, max_q_len=max_q_len)
     q = jax.ShapeDtypeStruct((REQUESTS * max_q_len, Q_HEADS, 64), jnp.bfloat16)
     temporary = []
-    both = target == "cpu" or (target == "h100" and program in (straight, scan))
+    both = target == "cpu" or (target == "h100" and program in (straight, scan) and "windows" not in variant)
     for max_seq_len in (4096, 131_072) if both else (131_072,):
         cache = make_cache(max_seq_len, **VARIANTS[variant])
         compiled = compile_on(target, program, q, cache, batch)

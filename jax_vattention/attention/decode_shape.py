@@ -24,10 +24,8 @@ _JOINED = 2**16
 """Elements of a pair's partial results that one stream joins."""
 _SHORT = 256
 """Bytes of a row of K or V, of one head of a token: shorter ones are read with those of other heads."""
-
-
 _BOXES = 4
-"""Of the rest of a tile: with as many, the most instructions that one takes are the least, 3 and 3 for 128 tokens."""
+"""Of the rest of a tile, that one instruction copies while there are as many: six are enough for 15 boxes then."""
 
 
 @dataclasses.dataclass(frozen=True)
