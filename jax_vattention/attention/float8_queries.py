@@ -20,7 +20,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention.mosaic_products import assembled, issue
-from jax_vattention.attention.mosaic_transposed import CHUNK, LINE, address, pair, warp_and_lane
+from jax_vattention.attention.mosaic_transposed import CHUNK, LINE, address, as_pair, warp_and_lane
 from jax_vattention.attention.mosaic_view import BOX, operand, second_eights_of
 
 LOST = 16.0
@@ -149,5 +149,5 @@ def _round(numbers: Sequence[ir.Value]) -> tuple[ir.Value, list[ir.Value]]:
 
 def _two(word: ir.Value, of: ir.Type) -> list[ir.Value]:
     """The two numbers of 16 bits in a register, as float32."""
-    numbers = arith.extf(ir.VectorType.get((2,), ir.F32Type.get()), pair(word, of))
+    numbers = arith.extf(ir.VectorType.get((2,), ir.F32Type.get()), as_pair(word, of))
     return [vector.extract(numbers, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])) for i in (0, 1)]

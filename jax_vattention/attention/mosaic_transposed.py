@@ -24,6 +24,7 @@ from jax_vattention.attention.mosaic_products import assembled, elements, issue,
 from jax_vattention.attention.mosaic_view import BOX, ROWS, THREADS, operand
 
 WARPS = THREADS // 32
+"""Of a warpgroup."""
 OF_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 """That of one number for each column."""
 _WGMMA = plgpu.Layout.WGMMA
@@ -167,10 +168,10 @@ def _widen(first: ir.Value, second: ir.Value, offset: int) -> list[ir.Value]:
         cvt.rn.f16x2.e4m3x2 $2, l;
         cvt.rn.f16x2.e4m3x2 $3, h; }}"""
     words = assembled(asm, "=r,=r,=r,=r,r,r", first, second, results=4)
-    return [pair(word, ir.F16Type.get()) for word in words]
+    return [as_pair(word, ir.F16Type.get()) for word in words]
 
 
-def pair(word: ir.Value, of: ir.Type) -> Any:
+def as_pair(word: ir.Value, of: ir.Type) -> Any:
     """What a register of 32 bits holds, as a vector of two numbers of 16 bits."""
     return vector.bitcast(ir.VectorType.get((2,), of), vector.broadcast(ir.VectorType.get((1,), word.type), word))
 
