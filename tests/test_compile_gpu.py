@@ -352,7 +352,7 @@ def test_tuned_decode_fits(row, monkeypatch, capfd):
 @pytest.mark.parametrize("gpu", sorted({row.get("gpu") for row in TUNED_MIXED}, key=str))
 def test_tuned_mixed_steps_fit(gpu, monkeypatch, capfd):
     rows = [row for row in TUNED_MIXED if row.get("gpu") == gpu]
-    check_tuned(rows, gpu, 1024 * (128 if gpu is None else 129), monkeypatch, capfd)
+    check_tuned(rows, gpu, 1024 * (100 if gpu is None else 101), monkeypatch, capfd)
 
 
 def check_tuned(rows, gpu, length, monkeypatch, capfd):
