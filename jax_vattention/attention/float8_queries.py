@@ -1,7 +1,7 @@
 """Queries as sums of two float8 numbers, for products with float8 keys.
 
 The tensor cores multiply float8 only with float8. A query is rounded to e4m3, and what that loses, 16 times larger, is
-rounded once more: both together are as exact as bfloat16, and use rows of a product that would be idle.
+rounded once more: both together are as exact as bfloat16, in rows of a product that would be idle, or in more columns.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, memref, vector
+from jax._src.lib.mlir.dialects import arith, memref
 from jax._src.lib.mlir.dialects import math as mlir_math
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention.mosaic_products import assembled, issue
+from jax_vattention.attention.mosaic_products import assembled, issue, unpacked
 from jax_vattention.attention.mosaic_transposed import CHUNK, LINE, address, as_pair, warp_and_lane
 from jax_vattention.attention.mosaic_view import BOX, operand, second_eights_of
 
@@ -149,5 +149,4 @@ def _round(numbers: Sequence[ir.Value]) -> tuple[ir.Value, list[ir.Value]]:
 
 def _two(word: ir.Value, of: ir.Type) -> list[ir.Value]:
     """The two numbers of 16 bits in a register, as float32."""
-    numbers = arith.extf(ir.VectorType.get((2,), ir.F32Type.get()), as_pair(word, of))
-    return [vector.extract(numbers, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])) for i in (0, 1)]
+    return unpacked(arith.extf(ir.VectorType.get((2,), ir.F32Type.get()), as_pair(word, of)))

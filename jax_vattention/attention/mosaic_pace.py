@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm
+from jax._src.lib.mlir.dialects import arith
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention.decode_shape import Shape
 from jax_vattention.attention.decode_split import PROGRESS
+from jax_vattention.attention.mosaic_products import assembled
 from jax_vattention.attention.mosaic_view import THREADS
 
 _OVER = 2**22
@@ -84,7 +85,8 @@ def _count(streams, row, is_mark: jax.Array) -> jax.Array:
             setp.eq.and.s32 q, $3, 0, p;
             @q red.relaxed.gpu.global.add.s32 [$1], 1;
             @p ld.relaxed.gpu.global.s32 $0, [$1]; }"""
-        counted = _assemble(asm, "=&r,l,r,r", _counter(streams, row), is_mark.registers.item(), _thread())
+        operands = _counter(streams, row), is_mark.registers.item(), _thread()
+        (counted,) = assembled(asm, "=&r,l,r,r", *operands, results=1)
         return mgpu.FragmentedArray.splat(counted, (), is_signed=True)
 
     return count(streams, row, is_mark)
@@ -104,7 +106,7 @@ def end(shape: Shape, streams, team: Team) -> None:
             @p atom.relaxed.gpu.global.add.s32 before, [$1], {_OVER};
             setp.ge.and.s32 q, before, $3, p;
             @q st.relaxed.gpu.global.s32 [$1], 0; }}"""
-        _assemble(asm, "=&r,l,r,r", _counter(streams, row), _thread(), before_last.registers.item())
+        assembled(asm, "=&r,l,r,r", _counter(streams, row), _thread(), before_last.registers.item(), results=1)
 
     add(streams, team.number, jnp.int32((team.size - 1) * _OVER))
 
@@ -119,8 +121,3 @@ def _thread() -> ir.Value:
     """Its number in the warpgroup."""
     i32 = ir.IntegerType.get_signless(32)
     return arith.remui(mgpu.thread_idx(), mgpu.c(THREADS, i32))
-
-
-def _assemble(asm: str, constraints: str, *operands: ir.Value) -> Any:
-    """Inline assembly whose result, `$0`, is an int32."""
-    return llvm.inline_asm(ir.IntegerType.get_signless(32), operands, asm, constraints, has_side_effects=True)

@@ -100,6 +100,8 @@ def issue(instruction: str, *operands: ir.Value, constraint: str = "r") -> None:
 def assembled(asm: str, constraints: str, *operands: ir.Value, results: int) -> list[ir.Value]:
     """Inline assembly that gives so many registers of 32 bits."""
     i32 = ir.IntegerType.get_signless(32)
+    if results == 1:
+        return [llvm.inline_asm(i32, operands, asm, constraints, has_side_effects=True)]  # type: ignore[list-item]
     several = ir.Type.parse(f"!llvm.struct<({', '.join(['i32'] * results)})>")
     found: Any = llvm.inline_asm(several, operands, asm, constraints, has_side_effects=True)
     return [llvm.extractvalue(i32, found, ir.DenseI64ArrayAttr.get([i])) for i in range(results)]
@@ -142,10 +144,14 @@ def pin(sums, *, interpreted: bool) -> None:
 
 def elements(array: mgpu.FragmentedArray) -> list[tuple[tuple[int, ...], ir.Value]]:
     """A thread's elements, and of each where its register is."""
+    return [(at, value) for at, register in np.ndenumerate(array.registers) for value in unpacked(register)]
+
+
+def unpacked(vectored: ir.Value) -> list[ir.Value]:
+    """The numbers of a vector."""
     return [
-        (at, vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])))
-        for at, register in np.ndenumerate(array.registers)
-        for i in range(ir.VectorType(register.type).shape[0])
+        vector.extract(vectored, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+        for i in range(ir.VectorType(vectored.type).shape[0])
     ]
 
 

@@ -20,7 +20,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fragments
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_vattention.attention.mosaic_products import assembled, elements, issue, packed
+from jax_vattention.attention.mosaic_products import assembled, elements, issue, packed, unpacked
 from jax_vattention.attention.mosaic_view import BOX, ROWS, THREADS, operand
 
 WARPS = THREADS // 32
@@ -64,8 +64,7 @@ def across(combine: Callable[..., Any], begin: jax.Array, array: jax.Array, memo
         for number, place in enumerate(places):
             for other in range(WARPS):
                 two = vector.load(pair, memory, [mgpu.c(other, index), place])
-                for i in (0, 1):
-                    one = vector.extract(two, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+                for i, one in enumerate(unpacked(two)):
                     values[2 * number + i] = combine(values[2 * number + i], one)
         registers, taken = begin.registers.copy(), iter(values)
         for at, register in np.ndenumerate(begin.registers):
@@ -204,8 +203,8 @@ def store_transposed(array: jax.Array, target, *, interpreted: bool) -> None:
 
 def _bits(register: ir.Value) -> ir.Value:
     """Two numbers of 16 bits as one of 32."""
-    whole = vector.bitcast(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), register)
-    return vector.extract(whole, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
+    (whole,) = unpacked(vector.bitcast(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), register))
+    return whole
 
 
 def store_columns(
