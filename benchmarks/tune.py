@@ -86,7 +86,7 @@ KERNELS = {
     "mosaic_mixed": Kernel(
         mosaic_mixed,
         lambda head_dim, kv_dtype: mosaic_mixed.Tiling(),
-        {"cluster": (1, 2), "keep_keys": (True, False)},
+        {"stages": (2, 3), "cluster": (1, 2), "keep_keys": (True, False)},
         _MIXED,
         (64, 128),
         ("bfloat16",),
@@ -94,14 +94,7 @@ KERNELS = {
     "mosaic_mixed_decode": Kernel(
         mosaic_mixed,
         mosaic_mixed.default_decode_tiling,
-        {
-            "block_k": (64, 128),
-            "stages": (2, 3),
-            "behind": (0, 1),
-            "mark": (2, 4),
-            "after": (0.3, 0.9),
-            "keys_as_rows": (False, True),
-        },
+        {"stages": (2, 3), "behind": (0, 1), "mark": (4, 8), "after": (0.3, 0.9)},
         _MIXED,
         (64, 128),
         ("bfloat16",),

@@ -417,8 +417,8 @@ MIXED = [
     ([(1, 130), (1, 8)], {"layout": "layer_major", "group": 4}),
     ([(40, 140), (0, 0)], {}),
     ([(40, 140), (1, 30), (1, 90)], {"prefix_lens": [100, 30, 85], "head_dim": 128}),
-    ([(5, 5), (1, 200), (150, 300), (1, 310)], {"blocks": 3, "decode": {"keys_as_rows": True, "behind": 1, "mark": 2}}),
-    ([(40, 300), (1, 300), (1, 20)], {"window": 50, "sinks": True, "decode": {"keys_as_rows": True, "block_k": 128}}),
+    ([(5, 5), (1, 200), (150, 300), (1, 310)], {"blocks": 3, "decode": {"behind": 1, "mark": 2}}),
+    ([(40, 300), (1, 300), (1, 20)], {"window": 50, "sinks": True, "decode": {"block_k": 128}}),
 ]
 MORE_MIXED = [
     ([(40, 300), (1, 300), (1, 20)], {"window": 50, "sinks": True, "soft_cap": 2.0}),
@@ -428,7 +428,7 @@ MORE_MIXED = [
 
 
 def check_mixed(requests, *, decode=None, **options):
-    decode_tiling = decode and decode_shape.Tiling(**decode)
+    decode_tiling = decode and decode_shape.Tiling(keys_as_rows=True, **decode)
 
     def run(*arguments, interpret, **also):
         also |= {"interpret": interpret, "interpret_tables": bool(interpret)}
@@ -450,16 +450,4 @@ def test_mixed_clusters_in_the_interpreter(clusters):
 @pytest.mark.parametrize(("requests", "options"), MIXED + MORE_MIXED, ids=str)
 def test_mixed_in_one_kernel(requests, options):
     check_mixed(requests, interpreted=False, **options)
-    many = {"blocks": 132, "block_k": 128, "cluster": 2, "keep_keys": True}
-    check_mixed(requests, interpreted=False, **options | many)
-
-
-@pytest.mark.parametrize(("blocks", "cluster"), [(1, 1), (5, 1), (128, 1), (128, 2), (6, 2), (7, 2)])
-def test_blocks_that_decode_at_the_same_time_are_a_team(blocks, cluster):
-    shape = types.SimpleNamespace(tiling=types.SimpleNamespace(cluster=cluster))
-    works = [mosaic_prefill.Work(None, None, jnp.int32(block), shape) for block in range(blocks)]
-    decode = types.SimpleNamespace(tiling=decode_shape.Tiling(blocks=blocks, after=0.5))
-    for number in (0, 1):
-        size = sum(int(work.cluster) % 2 == number for work in works)
-        team = mosaic_mixed._team(jnp.int32(number), decode, cluster)
-        assert [int(each) for each in team] == [number, size, size // 2]
+    check_mixed(requests, interpreted=False, **options | {"blocks": 132, "cluster": 2})

@@ -17,7 +17,7 @@ from jax_vattention.attention.mosaic_view import BOX, ROWS, CommonShape, tile_si
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
-_BLOCKS = 128
+BLOCKS = 128
 """Of the 132 multiprocessors of an H100 or H200, which read no faster. Pairs of one length whose number is a power of
 two are shared out without a rest, so that few of them are split or none."""
 _JOINED = 2**16
@@ -44,7 +44,7 @@ class Tiling:
     """Of the others: who comes to a mark after this share of them is behind."""
     streams: int = 1
     """Of a block."""
-    blocks: int = _BLOCKS
+    blocks: int = BLOCKS
     keys_as_rows: bool = False
     """Of products, and queries as their columns, where the kernel can (see `Shape.keys_as_rows`)."""
     together: int = 1
@@ -70,7 +70,7 @@ def default_tiling(head_dim: int, kv_dtype: Any, pairs: int | None = None) -> Ti
     if head_dim * itemsize >= _SHORT:
         return Tiling(**pace)
     # Where streams share few pairs, there is much to join of a set of heads; of one head it is little.
-    apart = pairs is not None and pairs <= _BLOCKS and itemsize == 1 and head_dim >= 128
+    apart = pairs is not None and pairs <= BLOCKS and itemsize == 1 and head_dim >= 128
     # As many bytes in a tile as of rows that are not short.
     return Tiling(block_k=128 if head_dim <= 128 else 64, together=1 if apart else BOX, **pace)
 

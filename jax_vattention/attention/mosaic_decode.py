@@ -27,7 +27,6 @@ from jax_vattention.attention.decode_shape import Shape, Tiling, default_tiling
 from jax_vattention.attention.decode_split import GRAIN, Piece, Work
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_compute import Refs
-from jax_vattention.attention.mosaic_pace import Team
 from jax_vattention.attention.mosaic_rows import Products, Rows, Wgmma
 from jax_vattention.attention.mosaic_view import (
     BOX,
@@ -238,15 +237,10 @@ class _Progress(NamedTuple):
 
 def copy(
     shape: Shape, local, work: Work, layer, k_ref, v_ref, pages, *, k_smem, v_smem, k_ready, v_ready, k_tail_ready,
-    v_tail_ready, k_free, v_free, team: Team | None = None, **_,
+    v_tail_ready, k_free, v_free, **_,
 ):  # fmt: skip
-    """The warpgroup that copies K and V for the stream with this number in its block.
-
-    Args:
-      team: streams that it is to be at one pace with; all, unless said.
-    """
+    """The warpgroup that copies K and V for the stream with this number in its block."""
     tokens, stages = shape.tile_tokens, shape.stages
-    team = team or Team.of_all(shape)
     sides = (
         (k_ref, k_smem, k_ready, k_tail_ready, k_free),
         (v_ref, v_smem, v_ready, v_tail_ready, v_free),
@@ -285,7 +279,7 @@ def copy(
                     to(place(token + part), part // BOX, size, ready.at[barrier])
             keys, depth = state.keys + (piece.end - token if tail else tokens), state.depth
             if shape.tiling.behind:
-                depth = mosaic_pace.depth(shape, work.streams, team, state.keys, keys, depth)
+                depth = mosaic_pace.depth(shape, work.streams, state.keys, keys, depth)
             return _Progress(state.tiles + 1, end, keys, depth)
 
         whole = piece.whole_tiles(tokens)
@@ -294,7 +288,7 @@ def copy(
 
     state = work.each_piece(piece, _Progress(*map(jnp.int32, (0, 0, 0, shape.tiling.stages))))
     if shape.tiling.behind:
-        mosaic_pace.end(shape, work.streams, team)
+        mosaic_pace.end(shape, work.streams)
     for free in (k_free, v_free):
         wait_until_free(free, state.free, state.tiles)
 

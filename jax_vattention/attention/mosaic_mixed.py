@@ -1,17 +1,16 @@
 """Decodes and chunks of prompts of one step in one kernel: Hopper GPUs.
 
 Decoding waits for memory and prefill for the tensor cores, so at the same time they take less than one after the other
-(POD-Attention, Kamath et al., arXiv 2410.18038). There the two share a multiprocessor; here every block has its share
-of both, first decodes as `mosaic_decode` does and then multiplies as `mosaic_prefill` does, or the other way round: so
-at any time some read memory and others compute, whatever there is of each. Blocks of a cluster prefill together, hence
-in the same order.
+(POD-Attention, Kamath et al., arXiv 2410.18038). Here every block does its share of both at once: two warpgroups
+multiply and one copies as in `mosaic_prefill`, one multiplies and one copies as in `mosaic_decode`, each kind with
+shared memory and registers of its own. Neither waits for the other. As decodes have their queries as columns (see
+`mosaic_columns`), they take little of what prefill needs: registers, tensor cores and power.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,33 +24,43 @@ from jax_vattention.attention import (
     decode_split,
     mosaic_decode,
     mosaic_join,
-    mosaic_pace,
     mosaic_prefill,
     prefill_shape,
     prefill_split,
+    target,
 )
 from jax_vattention.attention.features import Features
 from jax_vattention.attention.mosaic_compute import Refs
 from jax_vattention.attention.mosaic_rows import Wgmma
-from jax_vattention.attention.mosaic_view import Columns, pass_on
+from jax_vattention.attention.mosaic_view import BOX, Columns, pass_on
 from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
-_COPIES = 2
-"""The warpgroup that copies; those before it multiply, in decoding the first of them."""
+_PREFILL_COPIES, _DECODES, _DECODE_COPIES = 2, 3, 4
+"""Warpgroups; those before them multiply for the prefill."""
+_DECODE_REGISTERS = 48, 88
+"""Of a thread that copies for decodes, and of one that multiplies: with those of the prefill, all that a block has."""
+_MOST_ROWS = 2 * BOX
+"""Of a query tile of decodes: more have too few registers, and too little shared memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling(mosaic_prefill.Tiling):
-    """What may be tuned: what a prefill has, with other defaults."""
+    """What may be tuned: what a prefill has, with defaults that leave the decodes their part of a block."""
 
-    cluster: int = 2
-    """Blocks that prefill together leave more of what L2 delivers to those that decode."""
-    registers: tuple[int, int] = (72, 216)
-    """The warpgroup that copies does so for both, and has more to keep."""
+    block_k: int = 64
+    q_stages: int = 1
+    own_out: bool = False
+    registers: tuple[int, int] = (40, 152)
+    blocks: int = decode_shape.BLOCKS
     keep_keys: bool = True
     """What decodes read, each key once, would displace K and V of the prefill, which all tiles of queries read."""
+
+
+def serves(q: jax.Array, view: LayerView) -> bool:
+    """Whether there are registers for both; if not, one kernel after the other is what is left."""
+    return not target.REGISTERS_STAY and q.shape[1] // view.num_kv_heads <= _MOST_ROWS
 
 
 def run(
@@ -72,8 +81,7 @@ def run(
     Args:
       tiling, decode_tiling: of the two parts. One stream of a block decodes, in no more blocks than there are.
     """
-    kernels = "mosaic_prefill", "mosaic_mixed"
-    tiling = mosaic_prefill.tiling_of(tiling, Tiling(), q, view, kernels=kernels, interpret=interpret)
+    tiling = mosaic_prefill.tiling_of(tiling, Tiling(), q, view, kernel="mosaic_mixed", interpret=interpret)
     if decode_tiling is None:
         decode_tiling = tuned(default_decode_tiling(q.shape[2], view.k.dtype), "mosaic_mixed_decode", view)
     blocks = min(decode_tiling.blocks, tiling.blocks)
@@ -101,7 +109,7 @@ def run(
         out_type=(*mosaic_prefill.results(prefill, q, order), *decode.parts(decodes)),
         scratch_types=_scratch(decode, prefill, tiling, view.k.dtype),
         **tiling.grid,
-        num_threads=_COPIES + 1,
+        num_threads=_DECODE_COPIES + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
@@ -130,8 +138,9 @@ def run(
 
 
 def default_decode_tiling(head_dim: int, kv_dtype: Any) -> decode_shape.Tiling:
-    """Where nothing was tuned."""
-    return dataclasses.replace(decode_shape.default_tiling(head_dim, kv_dtype), behind=0)
+    """Where nothing was tuned: tiles of as many bytes, whatever the head dim."""
+    block_k = 16_384 // (head_dim * jnp.dtype(kv_dtype).itemsize)
+    return decode_shape.Tiling(block_k=block_k, behind=1, mark=8, keys_as_rows=True)
 
 
 def parted(q: jax.Array, batch: RaggedBatch) -> tuple[RaggedBatch, jax.Array, RaggedBatch]:
@@ -151,90 +160,54 @@ def placed(decoded: jax.Array, out: jax.Array, batch: RaggedBatch) -> jax.Array:
 def _scratch(
     decode: decode_shape.Shape, prefill: prefill_shape.Shape, tiling: mosaic_prefill.Tiling, dtype: Any
 ) -> dict[str, Any]:
-    """Shared memory, which a block uses for one thing or the other, and the barriers of both."""
-    both = (
-        mosaic_decode.scratch_types(decode, dtype, dtype, dtype),
-        mosaic_prefill.scratch_types(prefill, tiling, dtype),
-    )
-    arrays, barriers = zip(*(_by_kind(each) for each in both), strict=True)
-    between = tiling.barrier(num_arrivals=_COPIES + 1)
-    return {"memory": plgpu.RefUnion(*arrays), "barriers": barriers, "between": between}
-
-
-def _by_kind(scratch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    kinds = plgpu.Barrier, plgpu.ClusterBarrier
-    barriers = {name: each for name, each in scratch.items() if isinstance(each, kinds)}
-    return {name: each for name, each in scratch.items() if name not in barriers}, barriers
+    """Shared memory and barriers of both, and what blocks of a cluster leave by."""
+    done = {"done": tiling.barrier(num_arrivals=_DECODE_COPIES + 1)} if tiling.cluster > 1 else {}
+    return done | {
+        "reads": mosaic_decode.scratch_types(decode, dtype, dtype, dtype),
+        "computes": mosaic_prefill.scratch_types(prefill, tiling, dtype),
+    }
 
 
 def _mixed(
     q_ref, q_tiles, k_ref, v_ref, k_sets, v_sets, tiles, gaps, counts, requests, streams, owners, layer_ref, order,
     *refs, decode: decode_shape.Shape, prefill: prefill_shape.Shape, tiling: mosaic_prefill.Tiling, has_sinks: bool,
-    memory, barriers, between,
+    reads, computes, done=None,
 ):  # fmt: skip
     """One block. Arguments are those of the two kernels."""
     *sinks, out_ref, order_out, parts_ref, lse_ref = refs
     warpgroup = lax.axis_index("warpgroup")
-    own, others = (arrays | each for arrays, each in zip(memory, barriers, strict=True))
     layer = layer_ref[0] * prefill.layer_stride
     computing = mosaic_prefill.Work.of(tiles, counts[0], prefill)
     reading = decode_split.Work(requests, streams, computing.block, decode.together)
-    number_of_decodes = lax.rem(computing.cluster, 2)
+    decodes = computing.block < decode.tiling.blocks
 
-    def in_both_orders(decodes: Callable[[], None], prefills: Callable[[], None]) -> None:
-        def job(number, nothing):
-            @pl.when(number > 0)
-            def _():
-                # The second one uses the shared memory of the first one; prefill that of all blocks of its cluster.
-                mosaic_prefill.meet(between)
+    @pl.when(warpgroup < _PREFILL_COPIES)
+    def _():
+        plgpu.set_max_registers(tiling.registers[1], action="increase")
+        mosaic_prefill.multiply(computing, tiling, warpgroup, sinks[0] if has_sinks else None, out_ref, **computes)
 
-            is_decode = number_of_decodes == number
-            pl.when(is_decode & (computing.block < decode.tiling.blocks))(decodes)
-            pl.when(jnp.logical_not(is_decode))(prefills)
-            return nothing
-
-        lax.fori_loop(0, 2, job, None)
-
-    @pl.when(warpgroup == _COPIES)
+    @pl.when(warpgroup == _PREFILL_COPIES)
     def _():
         plgpu.set_max_registers(tiling.registers[0], action="decrease")
+        pass_on(order, order_out, computing.block)
+        fill = functools.partial(mosaic_prefill.fill_gaps, computing, gaps, counts[1], out_ref, computes["zero_smem"])
+        copied = mosaic_prefill.copy(computing, layer, q_ref, k_ref, v_ref, fill, **computes)
+        mosaic_prefill.drain(computing, copied, **computes)
 
-        def prefill_copies():
-            fill = functools.partial(mosaic_prefill.fill_gaps, computing, gaps, counts[1], out_ref, others["zero_smem"])
-            copied = mosaic_prefill.copy(computing, layer, q_ref, k_ref, v_ref, fill, **others)
-            mosaic_prefill.drain(computing, copied, **others)
+    @pl.when(warpgroup == _DECODES)
+    def _():
+        plgpu.set_max_registers(_DECODE_REGISTERS[1], action="decrease")
+        refs = Refs(q_tiles, None, 0, out_ref, parts_ref, lse_ref)
+        pl.when(decodes)(lambda: mosaic_decode.multiply(decode, 0, reading, Wgmma, refs, reads))
 
-        def decodes():
-            team = _team(number_of_decodes, decode, tiling.cluster)
-            mosaic_decode.copy(decode, 0, reading, layer, k_sets, v_sets, None, team=team, **own)
+    @pl.when(warpgroup == _DECODE_COPIES)
+    def _():
+        plgpu.set_max_registers(_DECODE_REGISTERS[0], action="decrease")
+
+        @pl.when(decodes)
+        def _():
+            mosaic_decode.copy(decode, 0, reading, layer, k_sets, v_sets, None, **reads)
             if decode.joins:
                 mosaic_join.fill(owners, requests, out_ref, computing.block, decode.tiling.blocks, unowned=False)
 
-        pass_on(order, order_out, computing.block)
-        in_both_orders(decodes, prefill_copies)
-
-    @pl.when(warpgroup < _COPIES)
-    def _():
-        plgpu.set_max_registers(tiling.registers[1], action="increase")
-
-        def decodes():
-            @pl.when(warpgroup == 0)
-            def _():
-                refs = Refs(q_tiles, None, 0, out_ref, parts_ref, lse_ref)
-                mosaic_decode.multiply(decode, 0, reading, Wgmma, refs, own)
-
-        def prefills():
-            sink = sinks[0] if has_sinks else None
-            mosaic_prefill.multiply(computing, tiling, warpgroup, sink, out_ref, **others)
-
-        in_both_orders(decodes, prefills)
-
-    mosaic_prefill.leave(between, tiling)
-
-
-def _team(number: jax.Array, decode: decode_shape.Shape, cluster: int) -> mosaic_pace.Team:
-    """Of a block whose job of this number is to decode: others do so at another time."""
-    first = sum(block // cluster % 2 == 0 for block in range(decode.tiling.blocks))
-    sizes = first, decode.tiling.blocks - first
-    most = tuple(int(decode.tiling.after * size) for size in sizes)
-    return mosaic_pace.Team(number, *(jnp.where(number == 0, *map(jnp.int32, each)) for each in (sizes, most)))
+    mosaic_prefill.leave(done, tiling)

@@ -11,8 +11,6 @@ counter is 0.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -31,30 +29,13 @@ _OVER = 2**22
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
-class Team(NamedTuple):
-    """Streams that read at the same time, and so are to be at one pace."""
-
-    number: Any
-    """The row of `Split.streams` in which they count, and no others."""
-    size: Any
-    """Streams, those included that have nothing to read."""
-    most: Any
-    """Of them: who comes to a mark after so many is behind."""
-
-    @classmethod
-    def of_all(cls, shape: Shape) -> Team:
-        """All streams."""
-        return cls(jnp.int32(0), shape.streams, int(shape.tiling.after * shape.streams))
-
-
-def depth(shape: Shape, streams, team: Team, before: jax.Array, after: jax.Array, now: jax.Array) -> jax.Array:
+def depth(shape: Shape, streams, before: jax.Array, after: jax.Array, now: jax.Array) -> jax.Array:
     """How many tiles a stream may have under way that had copied `before` keys, and now `after`.
 
     To be called by all threads of the warpgroup that copies.
 
     Args:
       streams: see `Split.streams`.
-      team: of the stream.
       now: what it was before.
     """
     tiling = shape.tiling
@@ -64,12 +45,12 @@ def depth(shape: Shape, streams, team: Team, before: jax.Array, after: jax.Array
     if shape.interpreted:  # which knows no counters: behind at every other mark
         behind = lax.rem(mark, 2) == 1
     else:
-        found = _count(streams, team.number, is_mark.astype(jnp.int32))
-        behind = found >= (mark - 1) * team.size + team.most
+        found = _count(streams, is_mark.astype(jnp.int32))
+        behind = found >= (mark - 1) * shape.streams + int(tiling.after * shape.streams)
     return jnp.where(is_mark, tiling.stages + tiling.behind * behind.astype(jnp.int32), now)
 
 
-def _count(streams, row, is_mark: jax.Array) -> jax.Array:
+def _count(streams, is_mark: jax.Array) -> jax.Array:
     """Counts 1 at a mark, and returns what all streams have counted; not exactly, for nothing is waited for.
 
     Warps may find different numbers, and so take different numbers of tiles for their limit. Each waits for itself, and
@@ -77,44 +58,42 @@ def _count(streams, row, is_mark: jax.Array) -> jax.Array:
     """
     found = plgpu.ShapeDtypeStruct((), jnp.int32, _SCALAR)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR), return_type=found)
-    def count(_, streams, row, is_mark):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=found)
+    def count(_, streams, is_mark):
         asm = """{ .reg .pred p, q;
             mov.s32 $0, 0;
             setp.ne.s32 p, $2, 0;
             setp.eq.and.s32 q, $3, 0, p;
             @q red.relaxed.gpu.global.add.s32 [$1], 1;
             @p ld.relaxed.gpu.global.s32 $0, [$1]; }"""
-        operands = _counter(streams, row), is_mark.registers.item(), _thread()
+        operands = _counter(streams), is_mark.registers.item(), _thread()
         (counted,) = assembled(asm, "=&r,l,r,r", *operands, results=1)
         return mgpu.FragmentedArray.splat(counted, (), is_signed=True)
 
-    return count(streams, row, is_mark)
+    return count(streams, is_mark)
 
 
-def end(shape: Shape, streams, team: Team) -> None:
+def end(shape: Shape, streams) -> None:
     """Counts a stream as done; the last one leaves the counter at 0, for the next kernel."""
     if shape.interpreted:
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR))
-    def add(_, streams, row, before_last):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def add(_, streams):
         asm = f"""{{ .reg .pred p, q; .reg .s32 before;
             mov.s32 $0, 0;
             mov.s32 before, 0;
             setp.eq.s32 p, $2, 0;
             @p atom.relaxed.gpu.global.add.s32 before, [$1], {_OVER};
-            setp.ge.and.s32 q, before, $3, p;
+            setp.ge.and.s32 q, before, {(shape.streams - 1) * _OVER}, p;
             @q st.relaxed.gpu.global.s32 [$1], 0; }}"""
-        assembled(asm, "=&r,l,r,r", _counter(streams, row), _thread(), before_last.registers.item(), results=1)
+        assembled(asm, "=&r,l,r", _counter(streams), _thread(), results=1)
 
-    add(streams, team.number, jnp.int32((team.size - 1) * _OVER))
+    add(streams)
 
 
-def _counter(streams, row) -> ir.Value:
-    return mgpu.utils.memref_ptr(
-        mgpu.memref_slice(streams, (arith.index_cast(ir.IndexType.get(), row.registers.item()), PROGRESS))
-    )
+def _counter(streams) -> ir.Value:
+    return mgpu.utils.memref_ptr(mgpu.memref_slice(streams, (0, PROGRESS)))
 
 
 def _thread() -> ir.Value:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -155,7 +155,7 @@ def tiling_of(
     q: jax.Array,
     view: LayerView,
     *,
-    kernels: Sequence[str] = ("mosaic_prefill",),
+    kernel: str = "mosaic_prefill",
     interpret: Any,
 ) -> _Tiling:
     """This one, or the default with what was tuned, with clusters that divide the blocks and the heads of a group.
@@ -163,10 +163,10 @@ def tiling_of(
     With a jax by which warpgroups cannot give each other registers, of smaller tiles, and as much more of them.
 
     Args:
-      kernels: of which rows of what was tuned are taken, the last one before the others.
+      kernel: of which rows of what was tuned are taken.
     """
     if tiling is None:
-        tiling = functools.reduce(lambda found, kernel: tuned(found, kernel, view), kernels, default)
+        tiling = tuned(default, kernel, view)
         if target.REGISTERS_STAY and q.shape[2] > _FEW:
             tiling = dataclasses.replace(tiling, block_k=_FEW, stages=tiling.stages * tiling.block_k // _FEW)
     cluster = math.gcd(tiling.cluster, q.shape[1] // view.num_kv_heads, tiling.blocks)

@@ -1,7 +1,7 @@
 """Attention through Pallas' Mosaic GPU backend: Hopper GPUs. Which kernel serves what, and what neither does.
 
 The kernel for decode is bound by memory and serves requests of few queries, the one for prefill by the tensor cores. A
-batch that may have both kinds goes to a third, in which every block does both, or to one after the other.
+batch that may have both kinds goes to a third, in which every block does both at once, or to one after the other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Kernels(NamedTuple):
     decode: ModuleType
     prefill: ModuleType
     mixed: ModuleType | None
-    """Serves what the two others serve; None: there is none."""
+    """Of what the two others serve, `serves` says what; None: there is none."""
 
     def refusal(self, q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
         """What they do not serve of these arguments; None if they serve them."""
@@ -55,7 +55,7 @@ class Kernels(NamedTuple):
             # There is room for as many queries of each request as any has: most likely none is a decode. If one is, the
             # result is the same.
             return self.prefill.run(q, view, order, batch, features, scale=scale)
-        if self.mixed is not None:
+        if self.mixed is not None and self.mixed.serves(q, view):
             return self.mixed.run(q, view, order, batch, features, scale=scale)
         return self.run_both(q, view, order, batch, features, scale=scale)
 
