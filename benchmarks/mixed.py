@@ -85,7 +85,7 @@ _COLUMNS = (
 _NOTES = (
     "chunk: queries at an offset in their prompt. mixed: both in one call of attention(), with one max_q_len for all, "
     "that of the chunk.",
-    "mosaic: one kernel, in which some blocks decode while others prefill. in two kernels: one after the other.",
+    "mosaic: one kernel, in which every block decodes and prefills at once. in two kernels: one after the other.",
     "mixed / larger: 1 if the shorter of the two is hidden behind the longer. mixed / sum: above 1 if two calls would "
     "be faster.",
 )

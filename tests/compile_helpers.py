@@ -56,12 +56,16 @@ def compile_for(target: str, fn, *abstract_args, compiler_options=COMPILER_OPTIO
 
     `kind` names another GPU of the same instructions and sizes, which programs are traced for.
     """
+    return lower_for(target, fn, *abstract_args, kind=kind).compile(compiler_options=compiler_options)
+
+
+def lower_for(target: str, fn, *abstract_args, kind=None):
+    """`fn` as `compile_for` compiles it: with its kernels, which XLA has not seen yet."""
     sharding = SingleDeviceSharding(target_device(target))
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_args)
     jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
     with _abstract_gpu(kind or target_device(target).device_kind):
-        lowered = jitted.lower(*args)
-    return lowered.compile(compiler_options=compiler_options)
+        return jitted.lower(*args)
 
 
 def _abstract_gpu(kind: str):

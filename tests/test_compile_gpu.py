@@ -18,6 +18,7 @@ from compile_helpers import (
     cuda_plugin_installed,
     entry_dependencies,
     instructions,
+    lower_for,
 )
 
 from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch, attention
@@ -69,25 +70,6 @@ def straight(q, cache, layer, batch):
     return out, cache.order
 
 
-def scanned(q, cache, layer, batch):
-    def step(carry, index):
-        q, order = carry
-        q, after = attention(q, cache.with_order(order), layer=layer + index, batch=batch)
-        return (q, after.order), None
-
-    return jax.lax.scan(step, (q, cache.order), jnp.arange(4, dtype=jnp.int32))[0]
-
-
-def looped(q, cache, layer, batch):
-    def step(carry):
-        index, q, cache = carry
-        q, cache = attention(q, cache, layer=layer + index, batch=batch)
-        return index + 1, q, cache
-
-    _, q, cache = jax.lax.while_loop(lambda carry: carry[0] < layer, step, (jnp.int32(0), q, cache))
-    return q, cache.order
-
-
 def conditional(q, cache, layer, batch):
     def read(q, cache):
         q, cache = attention(q, cache, layer=layer, batch=batch)
@@ -96,7 +78,7 @@ def conditional(q, cache, layer, batch):
     return jax.lax.cond(layer > 0, read, lambda q, cache: (q, cache.order), q, cache)
 
 
-PROGRAMS = {"straight": straight, "scan": scanned, "while_loop": looped, "cond": conditional}
+PROGRAMS = {"straight": straight, "cond": conditional}
 
 
 def compiled(target, program, spec, max_q_len):
@@ -128,8 +110,8 @@ def mosaic_kernels(each):
     return [rest for rest in gpu_kernels(each) if 'custom_call_target="mosaic_gpu' in rest]
 
 
-# Prefill in loops is in `test_compile_programs`, with smaller sizes.
-@pytest.mark.parametrize(("program", "max_q_len"), [*((program, 1) for program in PROGRAMS), ("straight", 512)])
+# Loops are in `test_compile_programs`, with smaller sizes.
+@pytest.mark.parametrize(("program", "max_q_len"), [("straight", 1), ("cond", 1), ("straight", 512)])
 def test_view_is_not_copied(program, max_q_len):
     short, long = llama_spec(max_seq_len=8192), llama_spec(max_seq_len=131072)
     programs = [compiled("h100", program, spec, max_q_len) for spec in (short, long)]
@@ -292,8 +274,8 @@ def test_l2_is_told_what_is_read_again(dtype, max_q_len, policies, monkeypatch):
     monkeypatch.setattr(mosaic_copy, "_give", seen)
     spec = llama_spec(max_seq_len=2048, dtype=dtype)  # as below, not a program of another test
     q = jax.ShapeDtypeStruct(abstract_q(spec, max_q_len).shape, jnp.bfloat16)
-    each = compile_for("h100", straight, q, abstract_cache(spec), int32(), abstract_batch(max_q_len))
-    assert len(mosaic_kernels(each)) == 2
+    lowered = lower_for("h100", straight, q, abstract_cache(spec), int32(), abstract_batch(max_q_len)).as_text()
+    assert lowered.count("@mosaic_gpu") == 2
     assert given == policies
 
 
@@ -302,9 +284,9 @@ def test_streams_count_in_no_table_of_kernels_that_may_run_at_the_same_time(monk
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
     monkeypatch.setenv("XLA_FLAGS", flags)  # which XLA has read long ago
     # Not a program of another test: its kernels would be taken from there.
-    each = compiled("h100", "straight", llama_spec(max_seq_len=4096), 1)
-    combines = [rest for *_, rest in instructions(each) if 'name = "attention_decode_combine"' in rest]
-    assert len(combines) == 2
+    spec = llama_spec(max_seq_len=4096)
+    lowered = lower_for("h100", straight, abstract_q(spec, 1), abstract_cache(spec), int32(), abstract_batch(1))
+    assert lowered.as_text().count('name = "attention_decode_combine"') == 2
 
 
 @pytest.mark.parametrize(
