@@ -147,6 +147,11 @@ class Shape(CommonShape):
         return self.tiling.keys_as_rows and self.together == 1 and can
 
     @property
+    def halves(self) -> bool:
+        """Whether half of a tile can be computed, if there are no more keys: it still has all rows of a product."""
+        return self.keys_as_rows and self.tiling.block_k == 2 * ROWS
+
+    @property
     def narrow(self) -> bool:
         """Whether float8 keys are multiplied as such, with queries in two parts, one eight of rows below the other."""
         return self.quantized and self.narrow_products and 2 * self.rows <= ROWS

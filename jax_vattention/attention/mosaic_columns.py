@@ -83,9 +83,12 @@ class Columns(Computing):
             tuple(plgpu.layout_cast(jnp.zeros((rows, queries), jnp.float32), _WGMMA) for _ in range(0, head_dim, rows)),
         )
 
-    def tile(self, piece: Piece, q, scale, whole, tile, state: State, *, masked: bool) -> State:
+    def tile(self, piece: Piece, q, scale, whole, tile, state: State, *, masked: bool, half: bool = False) -> State:
         """See `Computing`."""
-        shape, at = self.shape, self.place(piece, whole, tile, state)
+        shape, at, right = self.shape, self.place(piece, whole, tile, state), self.weights
+        if half:
+            first = pl.ds(0, shape.tiling.block_k // 2)
+            at, right = at._replace(k=at.k.at[first], v=at.v.at[first]), right.at[:, first]
         wait(*self.k_ready, at.barrier, at.is_tail, masked)
         values = functools.partial(self._values, piece, at, masked)
         # There are registers for V of float8 as soon as it is there, and so it is widened while scores are computed.
@@ -100,7 +103,7 @@ class Columns(Computing):
             plgpu.barrier_arrive(self.v_free.at[at.barrier])
         begin = tuple(self.times(part, shrink) for part in state.acc)
         lefts = v if shape.quantized else values()
-        acc, _ = wgmmas(lefts, self.weights.transpose((1, 0)), begin=begin, interpreted=shape.interpreted)
+        acc, _ = wgmmas(lefts, right.transpose((1, 0)), begin=begin, interpreted=shape.interpreted)
         if not shape.quantized:
             plgpu.barrier_arrive(self.v_free.at[at.barrier])
         return State(state.tiles + 1, maximum, total, acc)

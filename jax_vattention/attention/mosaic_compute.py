@@ -103,8 +103,8 @@ class Computing(abc.ABC):
         """Of no keys yet, after so many tiles of other pieces."""
 
     @abc.abstractmethod
-    def tile(self, piece: Piece, q, scale, whole, tile, state: State, *, masked: bool) -> State:
-        """Adds a tile of K and V; the first `whole` ones of a piece were copied as a whole."""
+    def tile(self, piece: Piece, q, scale, whole, tile, state: State, *, masked: bool, half: bool = False) -> State:
+        """Adds a tile of K and V, or the first half of it; the first `whole` ones of a piece were copied as a whole."""
 
     def own(self, scores: jax.Array) -> jax.Array:
         """Scores, without those of keys that are not of a query's head, if a tile has several."""
@@ -312,13 +312,19 @@ def wait(ready, tail_ready, barrier, is_tail, masked: bool) -> None:
 
 
 def each_tile(shape: Shape, piece: Piece, tile: Callable[..., Any], state: Any) -> Any:
-    """`state = tile(number, state, masked=...)` for every tile of a piece."""
+    """`state = tile(number, state, masked=...)` for every tile of a piece, with `half` for a last one of few keys."""
     masked_before, plain_end, tiles = _tile_kinds(shape, piece)
     masked, plain = functools.partial(tile, masked=True), functools.partial(tile, masked=False)
     if shape.window is not None:
         state = lax.fori_loop(0, masked_before, masked, state)
     state = lax.fori_loop(masked_before, plain_end, plain, state)
-    return lax.fori_loop(plain_end, tiles, masked, state)
+    if not shape.halves:
+        return lax.fori_loop(plain_end, tiles, masked, state)
+    tokens = shape.tile_tokens
+    in_last = piece.end - piece.first - (tiles - 1) * tokens
+    full = jnp.maximum(plain_end, tiles - (in_last <= tokens // 2).astype(jnp.int32))
+    state = lax.fori_loop(plain_end, full, masked, state)
+    return lax.fori_loop(full, tiles, functools.partial(tile, masked=True, half=True), state)
 
 
 def _tile_kinds(shape: Shape, piece: Piece) -> tuple[Any, jax.Array, jax.Array]:

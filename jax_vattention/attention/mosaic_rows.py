@@ -156,7 +156,7 @@ class Rows(Computing):
             ),
         )
 
-    def tile(self, piece: Piece, q, scale, whole, tile, state: State, *, masked: bool) -> State:
+    def tile(self, piece: Piece, q, scale, whole, tile, state: State, *, masked: bool, half: bool = False) -> State:
         """See `Computing`."""
         shape = self.shape
         if shape.narrow:

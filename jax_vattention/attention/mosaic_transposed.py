@@ -176,10 +176,15 @@ def as_pair(word: ir.Value, of: ir.Type) -> Any:
 
 
 def store_transposed(array: jax.Array, target, *, interpreted: bool) -> None:
-    """Writes `[rows, columns]` of 16 bits to `[columns, rows]` in shared memory, as `swizzled` makes it."""
+    """Writes `[rows, columns]` of 16 bits to `[columns, rows]` in shared memory, as `swizzled` makes it.
+
+    Args:
+      target: it may be wider, and is written from its first column on.
+    """
     if interpreted:
-        target[...] = array.T
+        target[:, : array.shape[0]] = array.T
         return
+    tiles = target.shape[1] // ROWS
 
     @plgpu.inline_mgpu(arg_types=(_WGMMA, operand(target)))
     def store(_, array, target):
@@ -190,7 +195,6 @@ def store_transposed(array: jax.Array, target, *, interpreted: bool) -> None:
         row, half = arith.remui(lane, eight), arith.remui(arith.divui(lane, eight), mgpu.c(2, i32))
         chunk = arith.addi(arith.muli(warp, mgpu.c(2, i32)), half)
         begin = address(target, row, arith.muli(chunk, mgpu.c(CHUNK, i32)))
-        tiles = array.shape[0] // ROWS
         halves: dict[int, list[ir.Value]] = {}
         for at, register in np.ndenumerate(array.registers):
             halves.setdefault(at[1] * tiles + at[0], []).append(_bits(register))
