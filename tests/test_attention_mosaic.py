@@ -15,7 +15,7 @@ from decode_cases import check_decode
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from mosaic_interpreter import interpreter
 
-from jax_vattention import KVCacheSpec, LayerGroup, attention
+from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch, attention
 from jax_vattention.attention import (
     decode_shape,
     decode_split,
@@ -25,6 +25,7 @@ from jax_vattention.attention import (
     mosaic_pace,
     mosaic_prefill,
     mosaic_rows,
+    pallas_mosaic,
     target,
 )
 from jax_vattention.attention.features import Features
@@ -451,3 +452,31 @@ def test_mixed_clusters_in_the_interpreter(clusters):
 def test_mixed_in_one_kernel(requests, options):
     check_mixed(requests, interpreted=False, **options)
     check_mixed(requests, interpreted=False, **options | {"blocks": 132, "cluster": 2})
+
+
+@pytest.mark.parametrize("other", [{}, {"heads": 17}, {"registers": True}], ids=str)
+def test_what_one_kernel_has_no_registers_for_goes_to_two(other, monkeypatch, caplog):
+    called = []
+
+    def kernel(name, refusal=None):
+        def run(q, view, order, batch, features, *, scale):
+            called.append(name)
+            return q, order
+
+        return types.SimpleNamespace(run=run, refusal=refusal)
+
+    monkeypatch.setattr(target, "REGISTERS_STAY", other.get("registers", False))
+    pallas_mosaic._say_that_there_are_two.cache_clear()
+    kernels = pallas_mosaic.Kernels(kernel("decode"), kernel("prefill"), kernel("mixed", mosaic_mixed.refusal))
+    view, rows = view_without_contents(2, 256), jnp.zeros(2, jnp.int32)
+    batch = RaggedBatch(rows, rows, rows, rows, max_q_len=64)
+    caplog.set_level("INFO", "jax_vattention.attention")
+    for _ in range(2):
+        kernels.run(jnp.zeros((65, other.get("heads", 16), 8)), view, rows, batch, Features(), scale=1.0)
+    if other:
+        assert called == ["decode", "prefill"] * 2
+        [line] = caplog.messages  # once
+        assert ("17 query heads" if "heads" in other else "registers") in line
+    else:
+        assert called == ["mixed"] * 2
+        assert caplog.messages == []

@@ -58,9 +58,13 @@ class Tiling(mosaic_prefill.Tiling):
     """What decodes read, each key once, would displace K and V of the prefill, which all tiles of queries read."""
 
 
-def serves(q: jax.Array, view: LayerView) -> bool:
-    """Whether there are registers for both; if not, one kernel after the other is what is left."""
-    return not target.REGISTERS_STAY and q.shape[1] // view.num_kv_heads <= _MOST_ROWS
+def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
+    """What it does not serve of what both other kernels serve; None if it serves these arguments."""
+    del batch, features  # all of them
+    group = q.shape[1] // view.num_kv_heads
+    if target.REGISTERS_STAY:
+        return f"jax {jax.__version__}, with which warpgroups cannot give each other registers"
+    return f"{group} query heads for a KV head" if group > _MOST_ROWS else None
 
 
 def run(

@@ -7,6 +7,8 @@ batch that may have both kinds goes to a third, in which every block does both a
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from types import ModuleType
 from typing import NamedTuple
 
@@ -17,6 +19,8 @@ from jax_vattention.attention.features import Features
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
 
+_log = logging.getLogger(__package__)
+
 
 class Kernels(NamedTuple):
     """Of one generation of GPUs: modules with `refusal` and `run`."""
@@ -24,7 +28,7 @@ class Kernels(NamedTuple):
     decode: ModuleType
     prefill: ModuleType
     mixed: ModuleType | None
-    """Of what the two others serve, `serves` says what; None: there is none."""
+    """Of what both others serve; None: there is none."""
 
     def refusal(self, q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
         """What they do not serve of these arguments; None if they serve them."""
@@ -55,8 +59,11 @@ class Kernels(NamedTuple):
             # There is room for as many queries of each request as any has: most likely none is a decode. If one is, the
             # result is the same.
             return self.prefill.run(q, view, order, batch, features, scale=scale)
-        if self.mixed is not None and self.mixed.serves(q, view):
-            return self.mixed.run(q, view, order, batch, features, scale=scale)
+        if self.mixed is not None:
+            refused = self.mixed.refusal(q, view, batch, features)
+            if refused is None:
+                return self.mixed.run(q, view, order, batch, features, scale=scale)
+            _say_that_there_are_two(refused)
         return self.run_both(q, view, order, batch, features, scale=scale)
 
     def run_both(
@@ -89,6 +96,11 @@ def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Feature
 
 run = HOPPER.run
 """See `attention`; returns `(out, order)`."""
+
+
+@functools.cache
+def _say_that_there_are_two(why: str) -> None:
+    _log.info("decodes and chunks of prompts in two kernels, not in one: it does not serve %s", why)
 
 
 def _few_queries(q: jax.Array, view: LayerView, batch: RaggedBatch) -> bool:
