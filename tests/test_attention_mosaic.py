@@ -429,7 +429,7 @@ MORE_MIXED = [
 
 
 def check_mixed(requests, *, decode=None, **options):
-    decode_tiling = decode and decode_shape.Tiling(keys_as_rows=True, **decode)
+    decode_tiling = decode and decode_shape.Tiling(**decode)
 
     def run(*arguments, interpret, **also):
         also |= {"interpret": interpret, "interpret_tables": bool(interpret)}

@@ -83,13 +83,14 @@ def run(
     """See `attention`; returns `(out, order)`. Requests of one query are decodes.
 
     Args:
-      tiling, decode_tiling: of the two parts. One stream of a block decodes, in no more blocks than there are.
+      tiling, decode_tiling: of the two parts. One stream of a block decodes, in no more blocks than there are, with
+        queries as columns.
     """
     tiling = mosaic_prefill.tiling_of(tiling, Tiling(), q, view, kernel="mosaic_mixed", interpret=interpret)
     if decode_tiling is None:
         decode_tiling = tuned(default_decode_tiling(q.shape[2], view.k.dtype), "mosaic_mixed_decode", view)
     blocks = min(decode_tiling.blocks, tiling.blocks)
-    decode_tiling = dataclasses.replace(decode_tiling, blocks=blocks, streams=1)
+    decode_tiling = dataclasses.replace(decode_tiling, blocks=blocks, streams=1, together=1, keys_as_rows=True)
     decodes, first, chunks = parted(q, batch)
     one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
     decode = decode_shape.Shape.of(
@@ -107,7 +108,6 @@ def run(
     )  # fmt: skip
     sinks = () if features.sinks is None else (features.sinks,)
     columns = Columns.of(view, interpreted=prefill.interpreted)
-    in_sets = Columns.of(view, together=decode.together, interpreted=decode.interpreted)
     out, order, parts, lse = plgpu.kernel(
         functools.partial(_mixed, decode=decode, prefill=prefill, tiling=tiling, has_sinks=bool(sinks)),
         out_type=(*mosaic_prefill.results(prefill, q, order), *decode.parts(decodes)),
@@ -122,7 +122,7 @@ def run(
         mosaic_prefill.padded(q, prefill),
         decode.query_tiles(queries, decodes),
         *columns,
-        *in_sets,
+        *columns,  # Copies that have a policy for L2 and copies that have none cannot be of one argument.
         *schedule,
         split.requests,
         split.streams,
@@ -135,8 +135,7 @@ def run(
         return out[: q.shape[0]], order
     out, order = decode_split.join(
         out, parts, lse, split, order, one, heads=view.num_kv_heads, sets=decode.sets, first_row=decode.first_row,
-        product_row=decode.product_row,
-        whole_are_there=decode.direct, fill=False, interpret=interpret_tables,
+        product_row=decode.product_row, whole_are_there=decode.direct, fill=False, interpret=interpret_tables,
     )  # fmt: skip
     return out[: q.shape[0]], order
 
@@ -144,7 +143,7 @@ def run(
 def default_decode_tiling(head_dim: int, kv_dtype: Any) -> decode_shape.Tiling:
     """Where nothing was tuned: tiles of as many bytes, whatever the head dim."""
     block_k = 16_384 // (head_dim * jnp.dtype(kv_dtype).itemsize)
-    return decode_shape.Tiling(block_k=block_k, behind=1, mark=8, keys_as_rows=True)
+    return decode_shape.Tiling(block_k=block_k, behind=1, mark=8)
 
 
 def parted(q: jax.Array, batch: RaggedBatch) -> tuple[RaggedBatch, jax.Array, RaggedBatch]:
@@ -173,7 +172,7 @@ def _scratch(
 
 
 def _mixed(
-    q_ref, q_tiles, k_ref, v_ref, k_sets, v_sets, tiles, gaps, counts, requests, streams, owners, layer_ref, order,
+    q_ref, q_tiles, k_ref, v_ref, k_again, v_again, tiles, gaps, counts, requests, streams, owners, layer_ref, order,
     *refs, decode: decode_shape.Shape, prefill: prefill_shape.Shape, tiling: mosaic_prefill.Tiling, has_sinks: bool,
     reads, computes, done=None,
 ):  # fmt: skip
@@ -210,7 +209,7 @@ def _mixed(
 
         @pl.when(decodes)
         def _():
-            mosaic_decode.copy(decode, 0, reading, layer, k_sets, v_sets, None, **reads)
+            mosaic_decode.copy(decode, 0, reading, layer, k_again, v_again, None, **reads)
             if decode.joins:
                 mosaic_join.fill(owners, requests, out_ref, computing.block, decode.tiling.blocks, unowned=False)
 
