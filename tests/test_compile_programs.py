@@ -111,7 +111,8 @@ def known_lengths(q, cache, batch):
 CASES = [
     *((program, "token_major") for program in (straight, scan, while_loop, cond, known_lengths)),
     # A traced layer number cannot choose one of several arrays: no scan and no loop over layers.
-    *((program, variant) for variant in list(VARIANTS)[1:] for program in (straight, cond, known_lengths)),
+    *((program, variant) for variant in ("layer_major", "windows") for program in (straight, cond, known_lengths)),
+    (straight, "windows, layer_major"),
 ]
 
 
@@ -125,8 +126,8 @@ def test_append_and_attention(target, program, variant, max_q_len):
     batch = RaggedBatch(rows, rows, rows, rows, max_q_len=max_q_len)
     q = jax.ShapeDtypeStruct((REQUESTS * max_q_len, Q_HEADS, 64), jnp.bfloat16)
     temporary = []
-    both = target == "cpu" or (target == "h100" and program is straight and variant == "token_major")
-    for max_seq_len in (4096, 131_072) if both else (131_072,):
+    both = {"cpu": program in (straight, scan, while_loop), "h100": program is straight and variant == "token_major"}
+    for max_seq_len in (4096, 131_072) if both.get(target) else (131_072,):
         cache = make_cache(max_seq_len, **VARIANTS[variant])
         compiled = compile_on(target, program, q, cache, batch)
         assert_views_not_copied(compiled, cache.spec)
