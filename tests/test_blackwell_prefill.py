@@ -59,6 +59,7 @@ def compiled(*, head_dim=128, dtype=jnp.bfloat16, layout="token_major", window=N
 VARIANTS = {
     "head_dim 64": {"head_dim": 64},
     "head_dim 128": {},
+    "head_dim 64, layer_major": {"head_dim": 64, "layout": "layer_major"},
     "head_dim 128, layer_major, negative scale": {"layout": "layer_major", "dtype": jnp.float16, "scale": -0.1},
     "window, cap and sinks": {"window": 500, "features": ("soft_cap", "sinks")},
     "all but a window": {"head_dim": 64, "features": ("soft_cap", "sinks", "prefix_lens")},
