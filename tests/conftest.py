@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import os
-import re
 from collections.abc import Iterator
 
 # Before jax starts: its own pool would leave the page pool little of a GPU.
@@ -19,9 +18,6 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 import jax
 import pytest
-
-LONG = re.compile("compile|mosaic|blackwell|engine|models|benchmarks|cli|sanitizers|replay")
-"""Names of modules whose tests take longer than others."""
 
 
 @functools.cache
@@ -37,21 +33,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         alone = [item for item in items if item.get_closest_marker("compile_b200")]
         config.hook.pytest_deselected(items=alone)
         items[:] = [item for item in items if item not in alone]
-    if hasattr(config, "workerinput"):  # one of several processes
-        _long_ones_first(items)
     if _gpus():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
-
-
-def _long_ones_first(items: list[pytest.Item]) -> None:
-    """In both halves of them, with which two workers begin: in the end none has a long one while the other has none."""
-    kinds: tuple[list[pytest.Item], list[pytest.Item]] = [], []
-    for item in items:
-        kinds[LONG.search(item.path.name) is None].append(item)
-    items[:] = [item for half in (0, 1) for kind in kinds for item in kind[half::2]]
 
 
 @pytest.fixture(autouse=True, scope="module")
