@@ -28,7 +28,7 @@ class Kernels(NamedTuple):
     decode: ModuleType
     prefill: ModuleType
     mixed: ModuleType | None
-    """Of what both others serve; None: there is none."""
+    """Serves what both others serve, but for what its `refusal` says; None: there is none."""
 
     def refusal(self, q: jax.Array, view: LayerView, batch: RaggedBatch, features: Features) -> str | None:
         """What they do not serve of these arguments; None if they serve them."""
