@@ -29,8 +29,8 @@ _QUANTIZED_FROM = ("float32", "float16", "bfloat16", "float8_e4m3fn")
 class LayerView:
     """K and V of one layer, as kernels take them: in place, whichever the layout.
 
-    In `token_major` both are in `k`, `[num_slots, slot_tokens / 8, layers, 2, 8, num_kv_heads, head_dim]`, and `v` is
-    None. In `layer_major` each is `[num_slots, slot_tokens, num_kv_heads, head_dim]`.
+    In `token_major` both are in `k`, `[num_slots, slot_tokens / 16, layers, 2, 16, num_kv_heads, head_dim]`, and `v`
+    is None. In `layer_major` each is `[num_slots, slot_tokens, num_kv_heads, head_dim]`.
     """
 
     k: jax.Array

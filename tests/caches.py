@@ -10,6 +10,7 @@ import numpy as np
 from jax_vattention import KVCache
 from jax_vattention.cache import LayerView
 from jax_vattention.scales import FLOAT8_MAX, cache_scales
+from jax_vattention.spec import KV_TAIL_TOKENS
 
 
 def abstract_cache(spec):
@@ -72,13 +73,13 @@ def plain_cache(spec, contents, seen=None, kv_scales=None):
 
 
 def plane_at(spec, planes, index, part):
-    """K (`part` 0) or V (1) of a group's layer number `index`: `[slots, tokens, heads, dim]`, or with eights."""
+    """K (`part` 0) or V (1) of a group's layer number `index`: `[slots, tokens, heads, dim]`, or with runs."""
     return planes[0][:, :, index, part] if spec.layout == "token_major" else planes[2 * index + part]
 
 
 def _places(spec, slot, tokens):
     """Where tokens of a slot are in what `plane_at` returns."""
-    return (slot, tokens // 8, tokens % 8) if spec.layout == "token_major" else (slot, tokens)
+    return (slot, tokens // KV_TAIL_TOKENS, tokens % KV_TAIL_TOKENS) if spec.layout == "token_major" else (slot, tokens)
 
 
 @jax.jit
@@ -86,7 +87,7 @@ def _rows(plane, slot, position):
     """`[heads, dim]`, or in `token_major` `[layers, 2, heads, dim]`."""
     if plane.ndim == 4:
         return jax.lax.dynamic_slice(plane, (slot, position, 0, 0), (1, 1, *plane.shape[2:]))[0, 0]
-    start = (slot, position // 8, 0, 0, position % 8, 0, 0)
+    start = (slot, position // KV_TAIL_TOKENS, 0, 0, position % KV_TAIL_TOKENS, 0, 0)
     return jax.lax.dynamic_slice(plane, start, (1, 1, *plane.shape[2:4], 1, *plane.shape[5:]))[0, 0, :, :, 0]
 
 

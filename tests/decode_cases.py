@@ -9,6 +9,7 @@ from reference_attention import reference_attention
 
 from jax_vattention import KVCacheSpec, LayerGroup
 from jax_vattention.attention.features import Features
+from jax_vattention.spec import KV_TAIL_TOKENS
 
 
 def check_decode(
@@ -26,13 +27,13 @@ def check_decode(
     spec = KVCacheSpec(2, kv_heads, head_dim, requests + 1, 704, dtype, 4096, layout=layout, groups=groups)
     rng = np.random.default_rng(0)
     scales = rng.uniform(0.01, 0.1, (2, 2, kv_heads)).astype(np.float32) if spec.quantized else None
-    # What no token was written to is NaN, and what lies behind a window, of which eights are mapped.
+    # What no token was written to is NaN, and what lies behind a window, of which runs are mapped.
     contents = {slot: suite.random_kv(rng, spec, length, scales) for slot, length in enumerate(lengths) if length}
     seen = {}
     for slot, kv in contents.items():
         first = 0 if window is None else max(0, lengths[slot] - q_lens[slot] - window + 1)
         kv[:first] = np.nan
-        seen[slot] = first // 8 * 8 + (window or 0) - 1
+        seen[slot] = first // KV_TAIL_TOKENS * KV_TAIL_TOKENS + (window or 0) - 1
     placed, paging = contents, {}
     if paged:
         table = np.stack([rng.permutation(704 // 16) for _ in lengths])

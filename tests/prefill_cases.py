@@ -13,6 +13,7 @@ from test_attention import random_kv
 
 from jax_vattention import KVCacheSpec, LayerGroup, RaggedBatch
 from jax_vattention.attention.features import Features
+from jax_vattention.spec import KV_TAIL_TOKENS
 
 
 def check(kernel, requests, *, interpreted=True, **options) -> None:
@@ -35,13 +36,14 @@ def check(kernel, requests, *, interpreted=True, **options) -> None:
         2, heads, dim, len(requests) + 1, 320, options["dtype"], 4096, layout=options["layout"], groups=groups
     )
     rng = np.random.default_rng(0)
-    # What no token was written to is NaN, and so is what no window sees, but for whole boxes.
+    # What no token was written to is NaN, and so is what no window sees, but for whole runs.
     contents = {slot: random_kv(rng, spec, length) for slot, length in enumerate(kv_lens) if length}
     first, *factors = options.get("large", (0, 1, 1))
     for kv in contents.values():
         kv[:first] *= np.asarray(factors, np.float32)[:, None, None]  # powers of 2, so that they are of the dtype
     seen = window and {
-        slot: (kv_len - q_len + 1 - window) // 8 * 8 - 1 + window for slot, (q_len, kv_len) in enumerate(requests)
+        slot: (kv_len - q_len + 1 - window) // KV_TAIL_TOKENS * KV_TAIL_TOKENS - 1 + window
+        for slot, (q_len, kv_len) in enumerate(requests)
     }
     cache = plain_cache(spec, contents, seen)
     starts = 3 + np.concatenate([[0], np.cumsum(np.asarray(q_lens) + 5)[:-1]])

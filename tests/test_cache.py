@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from jax_vattention import KVCache, KVCacheManager, KVCacheSpec, LayerGroup, errors
 from jax_vattention.scales import quantize
+from jax_vattention.spec import KV_TAIL_TOKENS
 
 LAYERS, HEADS = 3, 2
 
@@ -144,13 +145,14 @@ def test_writes_behind_a_window_are_dropped_and_reported(device, page_bytes, str
     page = page_bytes // spec.kv_groups[0].token_bytes
     with KVCacheManager(spec, pool_bytes=1000 * page_bytes, device=device, strict=strict) as manager:
         slot = manager.allocate()
-        length = min(4 * page + 30, 2000)
+        unit = max(page, KV_TAIL_TOKENS)
+        length = min(4 * unit + 30, 2000)
         manager.finish(manager.step({slot: length}))
         manager.sync()  # pages behind a window stay while others are mapped ahead
         cache = manager.step({slot: length}, seq_lens={slot: length - 1})
         first = int(cache.mapped[0][0, slot])
         assert first % page == 0
-        assert length - 1 - 30 - page < first <= length - 30
+        assert length - 1 - 30 - unit < first <= length - 30
         assert int(cache.mapped[1][0, slot]) == 0
         k, v = random_kv(spec, 1)
         write = jax.jit(lambda cache, position: cache.append(k, v, layer=2, slots=ints(slot), positions=position))
@@ -186,7 +188,7 @@ def test_the_mapped_length_is_the_limit(device, page_bytes, strict):
         cache = manager.step({manager.allocate(): 5})
         limit = int(cache.mapped_lens[0])
         tokens = manager.spec.pages_for(5) * page_bytes // manager.spec.token_bytes
-        assert limit == min(tokens - tokens % 8, 2000) >= 5  # kernels read whole eights
+        assert limit == min(tokens - tokens % KV_TAIL_TOKENS, 2000) >= 5  # kernels read whole runs
         k, v = random_kv(manager.spec, 1)
         done = append(cache, k, v, 0, ints(0), ints(limit - 1))
         manager.finish(done)

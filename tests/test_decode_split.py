@@ -28,7 +28,7 @@ from jax_vattention.attention.features import Features
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
-BOX, SLOT_TOKENS, SLOTS, TOKENS, SETS, GROUP, DIM = 8, 2048, 6, 8, 2, 3, 8
+RUN, SLOT_TOKENS, SLOTS, TOKENS, SETS, GROUP, DIM = 16, 2048, 6, 8, 2, 3, 8
 
 
 @functools.partial(jax.jit, static_argnames=("sets", "streams"))
@@ -57,8 +57,8 @@ def first_keys(requests, window, mapped):
     for slot, _, q_len, kv_len in requests:
         keys, lower = kv_len if q_len else 0, 0
         if window is not None:
-            lower = min(max(keys - q_len - window + 1, -(-mapped[slot] // BOX) * BOX), keys)
-        found.append((lower // BOX * BOX, keys))
+            lower = min(max(keys - q_len - window + 1, -(-mapped[slot] // RUN) * RUN), keys)
+        found.append((lower // RUN * RUN, keys))
     return found
 
 

@@ -17,7 +17,7 @@ from jax_vattention.attention.prefill_split import Sizes, Tile
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
-BOX, SLOT_TOKENS, SLOTS = 8, 2048, 6
+BOX, RUN, SLOT_TOKENS, SLOTS = 8, 16, 2048, 6
 
 
 def up(number, of):
@@ -32,7 +32,7 @@ def model(requests, sizes, *, window, mapped):
     """
     tiles, gaps, stop = [], [], 0
     for slot, start, q_len, kv_len, prefix, others in requests:
-        first = 0 if window is None else up(mapped[slot], BOX) * BOX
+        first = 0 if window is None else up(mapped[slot], RUN) * RUN
         own = q_len if kv_len > first else 0
         gaps.append((stop, max(start - stop, 0)))
         stop = max(stop, start + own + others)
@@ -41,7 +41,7 @@ def model(requests, sizes, *, window, mapped):
             low = max(begin_token, start) - token
             high = min(begin_token + sizes.block_q, start + own) - token
             position = kv_len - q_len + token - start
-            begin = 0 if window is None else max(max(position + low - window + 1, 0) // BOX * BOX, first)
+            begin = 0 if window is None else max(max(position + low - window + 1, 0) // RUN * RUN, first)
             end = min(max(position + high, prefix, begin + 1), kv_len)
             blocks = up(end - begin, sizes.block_k)
             tiles.append(Tile(token, low, high, position, prefix, begin, blocks, slot * SLOT_TOKENS, kv_len))

@@ -22,7 +22,7 @@ def test_llama_3_8b():
     assert spec.token_bytes == 128 * 1024
     assert spec.tokens_per_page == 16
     assert spec.kv_groups[0].slot_tokens == 8192
-    assert spec.view_shape == (4, 1024, 32, 2, 8, 8, 128)
+    assert spec.view_shape == (4, 512, 32, 2, 16, 8, 128)
     assert spec.view_bytes == 4 * 8192 * 128 * 1024
     assert [spec.pages_for(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
 

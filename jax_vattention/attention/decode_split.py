@@ -133,7 +133,7 @@ def _schedule_kernel(
     lower = jnp.zeros_like(lengths)
     if window is not None:
         first = triton.load(mapped.at[0, slot], mask=there, other=0)
-        first = -(-first // KV_TAIL_TOKENS) * KV_TAIL_TOKENS  # for a unit begins with an eight of keys
+        first = -(-first // KV_TAIL_TOKENS) * KV_TAIL_TOKENS  # for a unit begins with a run of keys
         lower = jnp.minimum(jnp.maximum(lengths - queries - window + 1, first), lengths)
     units = (lengths - first_unit_key(lower) + GRAIN - 1) // GRAIN
     ends = jnp.cumsum(units)

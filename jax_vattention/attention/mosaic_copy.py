@@ -1,13 +1,16 @@
-"""Copies from memory to shared memory that tell L2 how long to keep what they read: Hopper and Blackwell GPUs.
+"""Copies of K and V from memory to shared memory: Hopper and Blackwell GPUs.
 
-The instruction takes a cache policy that Pallas' copy does not pass on: here it is given one after it was made.
+A copy of several runs of tokens has as many dimensions as the instruction takes, and Pallas makes one more of the head.
+And the instruction takes a cache policy, which tells L2 how long to keep what it reads, that Pallas does not pass on.
+So here copies are made once more, after Pallas has made them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,29 +24,64 @@ from jax_vattention.attention.mosaic_view import operand
 READ_ONCE, READ_AGAIN = 0x12F0000000000000, 0x14F0000000000000
 """Policies, as `createpolicy.fractional.L2::evict_first` and `evict_last` make them for all of what is read."""
 _LOAD = "mosaic_gpu.async_load"
+_RUNS = 4
+"""Dimensions of a tile of several runs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lines(mgpu.launch_context.MemRefTransform):
+    """`[runs, columns, 8, heads, head_dim]` as `[runs, columns, lines of all heads, 8, elements of a line]`.
+
+    A line is what is swizzled together of a row. As the lines of one head are neighbours, and so are those of the next
+    one, a head needs no dimension of its own.
+    """
+
+    elements: int
+    """Of a line."""
+    lines: int
+    """Of a head."""
+
+    def apply(self, ref: ir.Value) -> ir.Value:
+        """Of a reference to memory."""
+        lines = mgpu.utils.memref_fold(mgpu.utils.memref_unfold(ref, 4, (None, self.elements)), 3, 2)
+        return mgpu.utils.memref_transpose(lines, (0, 1, 3, 2, 4))
+
+    def transform_index(self, idx: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
+        """Of the first element of a head."""
+        run, column, row, head, dim = idx
+        lines = mgpu.c(self.lines, ir.IndexType.get())
+        return run, column, arith.muli(head, lines), row, dim
+
+    def transform_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of a part."""
+        run, column, row, head, dim = shape
+        return run, column, head * dim // self.elements, row, self.elements
+
+    transform_gmem_shape = transform_shape
 
 
 def copy(source, target, ready, *, policy: int | None, interpreted: bool, collective_axes: str | None = None) -> None:
-    """`plgpu.copy_gmem_to_smem`, with a policy for L2.
+    """`plgpu.copy_gmem_to_smem` of what `tokens_of` returns, with a policy for L2.
 
     Args:
       target: see `operand`.
     """
     plgpu.copy_gmem_to_smem(source, target, ready, collective_axes=collective_axes)
-    if policy is None or interpreted:
+    if interpreted or (policy is None and len(target.shape) < _RUNS):
         return
     kind = operand(target)
     tiling, swizzle = kind.transforms
 
     @plgpu.inline_mgpu(arg_types=(kind,))
-    def give_policy(context, target):
+    def make_again(context, target):
         block = ir.InsertionPoint.current.block
         load = _last(block.owner.operation.block, _LOAD)
         if load is not None:  # which becomes a copy later on, out of reach: it is made here
             _make(context, load, target, tiling.tiling, swizzle.swizzle)
-        _give(_last(block, *_GIVE), policy)
+        if policy is not None:
+            _give(_last(block, *_GIVE), policy)
 
-    give_policy(target)
+    make_again(target)
 
 
 def _last(block: ir.Block, *names: str) -> Any:
@@ -59,14 +97,20 @@ def _make(context: Any, load: Any, target: ir.Value, tiling: tuple[int, ...], sw
 
     with ir.InsertionPoint(load):  # what is made around here may not refer to a barrier, but to its address
         barrier = mgpu.utils.DialectBarrierRef.from_barrier_memref(load.barrier).barrier_ref
+    parts: tuple[Any, ...] = tuple(
+        index(first) if size < 0 else mgpu.ds(index(first), size)
+        for first, size in zip(load.indices, load.slice_lengths, strict=True)
+    )
+    transform: Any = mgpu.TileTransform(tiling)
+    if len(tiling) >= _RUNS:
+        *rest, head, dims = parts
+        parts, transform = (*rest, mgpu.ds(head, 1), dims), _Lines(tiling[-1], dims.length // tiling[-1])
+        target = mgpu.utils.memref_reshape(target, transform.transform_shape([each.length for each in parts]))
     context.async_copy(
         src_ref=load.source,
         dst_ref=target,
-        gmem_slice=tuple(
-            index(first) if size < 0 else mgpu.ds(index(first), size)
-            for first, size in zip(load.indices, load.slice_lengths, strict=True)
-        ),
-        gmem_transform=mgpu.TileTransform(tiling),
+        gmem_slice=parts,
+        gmem_transform=transform,
         barrier=barrier,
         collective=tuple(gpu.Dimension(ir.IntegerAttr(axis).value) for axis in load.collective or ()),
         arrive=False,

@@ -34,6 +34,7 @@ from jax_vattention.attention.mosaic_view import (
     Columns,
     part_of,
     pass_on,
+    place_of_box,
     swizzled,
     tokens_of,
 )
@@ -332,7 +333,7 @@ def _copy(shape: Shape, ref, base, column, head, smem, token, box, size: int, re
             source = ref.at[row + token, column, pl.ds(head, shape.together)]
             target = smem.at[pl.ds((box * BOX + token) * shape.together, shape.together)]
         else:
-            source = ref.at[lax.div(row + token, BOX), column, :, lax.div(head, shape.together)]
+            source = ref.at[*place_of_box(row + token, column), :, lax.div(head, shape.together)]
             target = smem.at[pl.ds(box * BOX + token, BOX)]
         mosaic_copy.copy(source, target, ready, policy=policy, interpreted=shape.interpreted)
 

@@ -27,17 +27,19 @@ THREADS = 128
 """Of a warpgroup."""
 ROWS = 64
 """Of a `wgmma`."""
-BOX = KV_TAIL_TOKENS
+BOX = 8
 """Tokens of the smallest copy: rows of a swizzled tile in shared memory."""
+_RUN = KV_TAIL_TOKENS // BOX
+"""Boxes that lie together."""
 
 
 class Columns(NamedTuple):
-    """K and V as rows of eight tokens, in each a column for the K and the V of every layer: the same memory."""
+    """K and V as rows of runs of 16 tokens, with columns for the boxes of K and V of all layers: the same memory."""
 
     k: jax.Array
-    """`[slots * slot_tokens / 8, columns, 8, num_kv_heads, head_dim]`, or with heads in sets `[..., 8, sets, heads of a
-    set, head_dim]`. As the interpreter cannot take a tile of eights for one of tokens, for it a copy `[slots *
-    slot_tokens, columns, num_kv_heads, head_dim]`."""
+    """`[slots * slot_tokens / 16, columns, 8, num_kv_heads, head_dim]`, or with heads in sets `[..., 8, sets, heads of
+    a set, head_dim]`. As the interpreter cannot take a tile of boxes for one of tokens, for it a copy `[slots *
+    slot_tokens, columns, num_kv_heads, head_dim]`, in which a K or V has one column."""
     v: jax.Array
 
     @classmethod
@@ -46,27 +48,46 @@ class Columns(NamedTuple):
         sets = (view.num_kv_heads // together, together) if together > 1 and not interpreted else (view.num_kv_heads,)
         heads = *sets, view.head_dim
         columns = 1 if view.v is not None else math.prod(view.k.shape[2:4])
-        k, v = (each.reshape(-1, columns, BOX, *heads) for each in view.views)
+        k, v = (each.reshape(-1, columns * _RUN, BOX, *heads) for each in view.views)
         if interpreted:
+            k, v = (each.reshape(-1, columns, KV_TAIL_TOKENS, *heads) for each in (k, v))
             k, v = (each.swapaxes(1, 2).reshape(-1, columns, *heads) for each in (k, v))
         return cls(k, v)
 
 
 def tile_sizes(tokens: int, head_dim: int, *, interpreted: bool) -> tuple[int, ...]:
     """Of shared memory for so many tokens of one head of `Columns`."""
-    return (tokens, head_dim) if interpreted else (tokens // BOX, BOX, head_dim)
+    return (tokens, head_dim) if interpreted else (tokens // KV_TAIL_TOKENS, _RUN, BOX, head_dim)
 
 
 def tokens_of(ref, row: jax.Array, tokens: int, column: jax.Array, head: jax.Array, *, interpreted: bool):
-    """So many tokens from a row on, both multiples of 8, of an array of `Columns`, as `tile_sizes` has them."""
+    """So many tokens from a row on of an array of `Columns`: whole runs, as `tile_sizes` has them, or one box.
+
+    Args:
+      column: number of the K or V.
+    """
     if interpreted:
         return ref.at[pl.ds(row, tokens), column, head]
-    return ref.at[pl.ds(lax.div(row, BOX), tokens // BOX), column, :, head]
+    if tokens == BOX:
+        run, box = place_of_box(row, column)
+        return ref.at[pl.ds(run, 1), pl.ds(box, 1), :, head]
+    runs = pl.ds(lax.div(row, KV_TAIL_TOKENS), tokens // KV_TAIL_TOKENS)
+    return ref.at[runs, pl.ds(column * _RUN, _RUN), :, head]
+
+
+def place_of_box(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Row and column, of an array of `Columns`, of the box that begins with a row of the K or V of this number."""
+    return lax.div(row, KV_TAIL_TOKENS), column * _RUN + lax.div(lax.rem(row, KV_TAIL_TOKENS), BOX)
 
 
 def part_of(tile, first_box: Any, tokens: int, *, interpreted: bool):
-    """So many tokens, a multiple of 8, from a box of 8 tokens on, of a tile."""
-    return tile.at[pl.ds(first_box * BOX, tokens)] if interpreted else tile.at[pl.ds(first_box, tokens // BOX)]
+    """So many tokens from a box of 8 tokens on, of a tile: whole runs, or one box."""
+    if interpreted:
+        return tile.at[pl.ds(first_box * BOX, tokens)]
+    run = first_box // _RUN if isinstance(first_box, int) else lax.div(first_box, _RUN)
+    if tokens == BOX:
+        return tile.at[pl.ds(run, 1), pl.ds(first_box - run * _RUN, 1)]
+    return tile.at[pl.ds(run, tokens // KV_TAIL_TOKENS)]
 
 
 def as_rows(tile):

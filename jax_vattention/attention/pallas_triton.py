@@ -140,7 +140,7 @@ def run(
 class _Keys:
     """Where one program reads K and V: one KV head of one request in one layer."""
 
-    views: Sequence[Any]  # refs: one [slots, eights, layers, 2, 8, heads, dim], or two [slots, tokens, heads, dim]
+    views: Sequence[Any]  # refs: one [slots, runs, layers, 2, 16, heads, dim], or two [slots, tokens, heads, dim]
     slot: jax.Array
     layer: jax.Array
     kv_head: jax.Array
@@ -155,8 +155,8 @@ class _Keys:
     def at(self, which: int, tokens: jax.Array, dim: jax.Array):
         """A ref of K (`which` 0) or V (1), `[tokens, dim]`."""
         if len(self.views) == 1:
-            eight, token = tokens[:, None] // KV_TAIL_TOKENS, tokens[:, None] % KV_TAIL_TOKENS
-            return self.views[0].at[self.slot, eight, self.layer, which, token, self.kv_head, dim]
+            run, token = tokens[:, None] // KV_TAIL_TOKENS, tokens[:, None] % KV_TAIL_TOKENS
+            return self.views[0].at[self.slot, run, self.layer, which, token, self.kv_head, dim]
         return self.views[which].at[self.slot, tokens[:, None], self.kv_head, dim]
 
     def begin(self, position: jax.Array) -> jax.Array | int:

@@ -24,7 +24,8 @@ from jax_vattention.spec import KV_TAIL_TOKENS
 
 FIELDS = 32
 """int32 of a row of `Schedule.tiles`: copies take a multiple of 128 bytes."""
-_BOX = KV_TAIL_TOKENS
+_BOX = 8
+"""Tiles of queries begin with a multiple of it."""
 _ELEMENTS = 4096
 """Comparisons that a program makes at once."""
 
@@ -53,7 +54,7 @@ class Tile(NamedTuple):
     prefix: Any
     """All rows see the keys before it."""
     begin: Any
-    """The first key that is read: that of a box."""
+    """The first key that is read: that of a run."""
     blocks: Any
     """Tiles of keys from there on; at least 1."""
     row: Any
@@ -135,10 +136,10 @@ def _schedule_kernel(
         return triton.load(ref.at[at], mask=mask, other=0)
 
     def first_key(slot):
-        """That may be read. Boxes begin with a multiple of their size: one that begins before it is not read."""
+        """That may be read. Runs begin with a multiple of their size: one that begins before it is not read."""
         if window is None:
             return jnp.zeros_like(slot)
-        return (triton.load(mapped.at[0, slot]) + _BOX - 1) // _BOX * _BOX
+        return (triton.load(mapped.at[0, slot]) + KV_TAIL_TOKENS - 1) // KV_TAIL_TOKENS * KV_TAIL_TOKENS
 
     def slot_of(slot):
         return jnp.clip(slot, 0, mapped.shape[1] - 1)
@@ -167,7 +168,7 @@ def _schedule_kernel(
         prefix = jnp.zeros_like(r) if prefix_lens is None else triton.load(prefix_lens.at[r])
         begin = jnp.zeros_like(r)
         if window is not None:
-            begin = jnp.maximum(jnp.maximum(position + low - window + 1, 0) // _BOX * _BOX, first)
+            begin = jnp.maximum(jnp.maximum(position + low - window + 1, 0) // KV_TAIL_TOKENS * KV_TAIL_TOKENS, first)
         end = jnp.minimum(jnp.maximum(jnp.maximum(position + high, prefix), begin + 1), kv_len)
         blocks = jnp.where(number < total, (end - begin + sizes.block_k - 1) // sizes.block_k, 0)
         return Tile(token, low, high, position, prefix, begin, blocks, slot * slot_tokens, kv_len)

@@ -97,8 +97,8 @@ def _tile_by_gather(view: LayerView, order, slot, kv_len, positions):
     # order[0] counts dropped writes, which XLA cannot know to be >= 0: every address depends on the last append.
     positions = positions + jnp.minimum(order[0], 0)
     if view.v is None:
-        eight, token = positions // KV_TAIL_TOKENS, positions % KV_TAIL_TOKENS
-        at = view.k.at[slot, eight[:, None], view.layer, jnp.arange(2)[None, :], token[:, None]]
+        run, token = positions // KV_TAIL_TOKENS, positions % KV_TAIL_TOKENS
+        at = view.k.at[slot, run[:, None], view.layer, jnp.arange(2)[None, :], token[:, None]]
         tile = at.get(mode="promise_in_bounds")
         return tile[:, 0], tile[:, 1]
     return tuple(each.at[slot, positions].get(mode="promise_in_bounds") for each in view.views)
