@@ -41,6 +41,8 @@ _PREFILL_COPIES, _DECODES, _DECODE_COPIES = 2, 3, 4
 """Warpgroups; those before them multiply for the prefill."""
 _DECODE_REGISTERS = 48, 88
 """Of a thread that copies for decodes, and of one that multiplies: with those of the prefill, all that a block has."""
+_UNHURRIED = 1.6
+"""Time of a key for a tile of queries, in an unhurried prefill; of a key of a decode it is 1. Measured on an H200."""
 _MOST_ROWS = 2 * BOX
 """Of a query tile of decodes: more have too few registers, and too little shared memory."""
 
@@ -54,6 +56,8 @@ class Tiling(mosaic_prefill.Tiling):
     own_out: bool = False
     registers: tuple[int, int] = (40, 152)
     blocks: int = decode_shape.BLOCKS
+    beside: int = 1
+    """Tiles of keys of the prefill that may be under way while its block decodes; afterwards all."""
     keep_keys: bool = True
     """What decodes read, each key once, would displace K and V of the prefill, which all tiles of queries read."""
 
@@ -143,7 +147,7 @@ def run(
 def default_decode_tiling(head_dim: int, kv_dtype: Any) -> decode_shape.Tiling:
     """Where nothing was tuned: tiles of as many bytes, whatever the head dim."""
     block_k = 16_384 // (head_dim * jnp.dtype(kv_dtype).itemsize)
-    return decode_shape.Tiling(block_k=block_k, behind=1, mark=8)
+    return decode_shape.Tiling(block_k=block_k, behind=1, mark=8, after=0.5)
 
 
 def parted(q: jax.Array, batch: RaggedBatch) -> tuple[RaggedBatch, jax.Array, RaggedBatch]:
@@ -160,21 +164,31 @@ def placed(decoded: jax.Array, out: jax.Array, batch: RaggedBatch) -> jax.Array:
     return out.at[rows].set(decoded, mode="drop")
 
 
-def _scratch(
-    decode: decode_shape.Shape, prefill: prefill_shape.Shape, tiling: mosaic_prefill.Tiling, dtype: Any
-) -> dict[str, Any]:
+def _scratch(decode: decode_shape.Shape, prefill: prefill_shape.Shape, tiling: Tiling, dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers of both, and what blocks of a cluster leave by."""
     done = {"done": tiling.barrier(num_arrivals=_DECODE_COPIES + 1)} if tiling.cluster > 1 else {}
     return done | {
+        "decoding": plgpu.SMEM((1,), jnp.int32),
         "reads": mosaic_decode.scratch_types(decode, dtype, dtype, dtype),
         "computes": mosaic_prefill.scratch_types(prefill, tiling, dtype),
     }
 
 
+def _there_is_time(tiles, units, decode: decode_shape.Shape, prefill: prefill_shape.Shape):
+    """Whether decodes take longer than a prefill that is not in a hurry.
+
+    Args:
+      tiles: of keys, of all tiles of queries.
+      units: of the decodes of a block.
+    """
+    prefilled = tiles.astype(jnp.float32) * (prefill.num_q_heads * prefill.tiling.block_k / prefill.tiling.blocks)
+    return prefilled * _UNHURRIED <= units.astype(jnp.float32) * decode_split.GRAIN
+
+
 def _mixed(
     q_ref, q_tiles, k_ref, v_ref, k_again, v_again, tiles, gaps, counts, requests, streams, owners, layer_ref, order,
-    *refs, decode: decode_shape.Shape, prefill: prefill_shape.Shape, tiling: mosaic_prefill.Tiling, has_sinks: bool,
-    reads, computes, done=None,
+    *refs, decode: decode_shape.Shape, prefill: prefill_shape.Shape, tiling: Tiling, has_sinks: bool,
+    decoding, reads, computes, done=None,
 ):  # fmt: skip
     """One block. Arguments are those of the two kernels."""
     *sinks, out_ref, order_out, parts_ref, lse_ref = refs
@@ -183,6 +197,13 @@ def _mixed(
     computing = mosaic_prefill.Work.of(tiles, counts[0], prefill)
     reading = decode_split.Work(requests, streams, computing.block, decode.together)
     decodes = computing.block < decode.tiling.blocks
+
+    there_is_time = _there_is_time(counts[2], streams[0, decode_split.NUM_UNITS], decode, prefill)
+
+    def depth_of(i):
+        # The first item comes before it is said whether the block decodes.
+        still = i == 0 if prefill.interpreted else there_is_time & decodes & ((i == 0) | (decoding[0] != 0))
+        return jnp.where(still, tiling.beside, tiling.stages)
 
     @pl.when(warpgroup < _PREFILL_COPIES)
     def _():
@@ -194,7 +215,7 @@ def _mixed(
         plgpu.set_max_registers(tiling.registers[0], action="decrease")
         pass_on(order, order_out, computing.block)
         fill = functools.partial(mosaic_prefill.fill_gaps, computing, gaps, counts[1], out_ref, computes["zero_smem"])
-        copied = mosaic_prefill.copy(computing, layer, q_ref, k_ref, v_ref, fill, **computes)
+        copied = mosaic_prefill.copy(computing, layer, q_ref, k_ref, v_ref, fill, depth_of=depth_of, **computes)
         mosaic_prefill.drain(computing, copied, **computes)
 
     @pl.when(warpgroup == _DECODES)
@@ -209,7 +230,9 @@ def _mixed(
 
         @pl.when(decodes)
         def _():
+            decoding[0] = jnp.int32(1)
             mosaic_decode.copy(decode, 0, reading, layer, k_again, v_again, None, **reads)
+            decoding[0] = jnp.int32(0)
             if decode.joins:
                 mosaic_join.fill(owners, requests, out_ref, computing.block, decode.tiling.blocks, unowned=False)
 

@@ -364,18 +364,30 @@ class Copied(NamedTuple):
     """Of the block's work, each as often as it was copied."""
     tiles: jax.Array
     """Of keys."""
+    depth: Any
+    """Of these, as many may be under way, since the last of these items."""
 
 
 def copy(
     work: Work, layer, q_ref, k_ref, v_ref, meanwhile: Callable[[], None], *, q_smem, k_smem, v_smem, tile_smem,
-    q_ready, q_free, k_ready, v_ready, tail_ready, k_free, v_free, attempted=None, **_,
+    q_ready, q_free, k_ready, v_ready, tail_ready, k_free, v_free, attempted=None,
+    depth_of: Callable[[jax.Array], jax.Array] | None = None, **_,
 ) -> Copied:  # fmt: skip
-    """The warpgroup that copies Q, K and V; `meanwhile` is what it does when all copies are on their way."""
+    """The warpgroup that copies Q, K and V.
+
+    Args:
+      meanwhile: what it does when all copies are on their way.
+      depth_of: how many tiles of keys may be under way for an item, from 1 to as many as there is memory for; if not
+        given, these. It does not become less.
+    """
     shape, tiling = work.shape, work.shape.tiling
     block_k, stages, q_stages = tiling.block_k, tiling.stages, tiling.q_stages
 
-    def item(i, count):
+    def item(i, done: Copied) -> Copied:
         index, head = work.item(i)
+        count, depth = done.tiles, jnp.int32(stages)
+        if depth_of is not None:
+            depth = jnp.maximum(done.depth, depth_of(i))
         tile = Tile(*(work.tiles[index, field] for field in range(len(Tile._fields))))
         stage = lax.rem(i, q_stages)
 
@@ -399,9 +411,14 @@ def copy(
                 kv_head = lax.div(head, shape.group)
                 return tokens_of(ref, tile.row + first, count, column, kv_head, interpreted=shape.interpreted)
 
-            @pl.when(count + t >= stages)
+            # Where the depth has become more, the first tile is for the new place, which nothing has been in.
+            has_to_wait = count + t >= depth
+            if depth_of is not None and last:
+                has_to_wait &= depth == done.depth
+
+            @pl.when(has_to_wait)
             def _():
-                plgpu.barrier_wait(free.at[stage])
+                plgpu.barrier_wait(free.at[lax.rem(count + t - depth, stages)])
 
             key = tile.begin + (tile.blocks - 1 - t) * block_k
 
@@ -448,7 +465,7 @@ def copy(
         def _():
             load(tile.blocks - 1, values)
 
-        return count + tile.blocks
+        return Copied(i + 1, count + tile.blocks, depth)
 
     def attempt(number, done: Copied) -> Copied:
         """Once more, if that is the verdict on the first attempt."""
@@ -459,12 +476,11 @@ def copy(
             return _failed(tile_smem, tiling)
 
         wanted = lax.cond(number == 0, lambda: jnp.bool_(True), verdict)
-        end = done.items + jnp.where(wanted, work.count, 0)
-        return Copied(end, lax.fori_loop(done.items, end, item, done.tiles))
+        return lax.fori_loop(done.items, done.items + jnp.where(wanted, work.count, 0), item, done)
 
-    done = Copied(jnp.int32(0), jnp.int32(0))
+    done = Copied(jnp.int32(0), jnp.int32(0), jnp.int32(stages if depth_of is None else 1))
     if attempted is None:
-        done = Copied(work.count, lax.fori_loop(0, work.count, item, done.tiles))
+        done = lax.fori_loop(0, work.count, item, done)
         meanwhile()
         return done
     return lax.fori_loop(0, 2, attempt, done)
@@ -489,7 +505,7 @@ def drain(work: Work, copied: Copied, *, q_free, k_free, v_free, **_) -> None:
         plgpu.barrier_wait(v_free.at[lax.rem(t, tiling.stages)])
 
     lax.fori_loop(jnp.maximum(copied.items - tiling.q_stages, 0), copied.items, queries, None)
-    lax.fori_loop(jnp.maximum(copied.tiles - tiling.stages, 0), copied.tiles, keys, None)
+    lax.fori_loop(jnp.maximum(copied.tiles - copied.depth, 0), copied.tiles, keys, None)
 
 
 def _clean(v, length, shape: Shape) -> None:

@@ -38,7 +38,7 @@ class Schedule(NamedTuple):
     gaps: jax.Array
     """int32 `[requests + 1, 2]`: first padding token and number of them, for each gap between requests."""
     counts: jax.Array
-    """int32 `[2]`: rows of `tiles` and of `gaps` that are used."""
+    """int32 `[3]`: rows of `tiles` and of `gaps` that are used, and tiles of keys of the former, all together."""
 
 
 class Tile(NamedTuple):
@@ -112,7 +112,7 @@ def schedule(
             out_shape=[
                 jax.ShapeDtypeStruct((most, FIELDS), jnp.int32),
                 jax.ShapeDtypeStruct((requests + 1, 2), jnp.int32),
-                jax.ShapeDtypeStruct((2,), jnp.int32),
+                jax.ShapeDtypeStruct((3,), jnp.int32),
             ],
             grid=(pl.cdiv(lines, chunk),),
             compiler_params=triton.CompilerParams(num_warps=4),
@@ -196,8 +196,14 @@ def _schedule_kernel(
     def _():
         number = jnp.arange(2 * rows.size, dtype=jnp.int32)
         num_gaps = jnp.sum(jnp.where(number <= count, is_gap(number), 0))
-        two = jnp.arange(2, dtype=jnp.int32)
-        triton.store(counts.at[two], jnp.where(two == 0, total, num_gaps))
+        number = jnp.arange(at_once, dtype=jnp.int32)
+
+        def add(i, blocks):
+            return blocks + jnp.sum(tile_of(i * at_once + number).blocks)
+
+        blocks = lax.fori_loop(0, pl.cdiv(total, at_once), add, jnp.int32(0))
+        at = jnp.arange(4, dtype=jnp.int32)
+        triton.store(counts.at[at], jnp.where(at == 0, total, jnp.where(at == 1, num_gaps, blocks)), mask=at < 3)
 
 
 def _rank(line, value, value_of: Callable[[jax.Array], jax.Array], count: int, at_once: int) -> jax.Array:
