@@ -26,6 +26,7 @@ from jax_vattention.attention import (
     mosaic_prefill,
     mosaic_rows,
     pallas_mosaic,
+    prefill_split,
     target,
 )
 from jax_vattention.attention.features import Features
@@ -424,6 +425,7 @@ MIXED = [
 MORE_MIXED = [
     ([(40, 300), (1, 300), (1, 20)], {"window": 50, "sinks": True, "soft_cap": 2.0}),
     ([(100, 300), (1, 90)], {"large": (60, 2**12, 1)}),
+    ([(200, 300), *[(1, 1500)] * 8], {"blocks": 5}),  # the prefill is not in a hurry
 ]
 """Not interpreted, for it takes long."""
 
@@ -452,6 +454,28 @@ def test_mixed_clusters_in_the_interpreter(clusters):
 def test_mixed_in_one_kernel(requests, options):
     check_mixed(requests, interpreted=False, **options)
     check_mixed(requests, interpreted=False, **options | {"blocks": 132, "cluster": 2})
+
+
+@pytest.mark.parametrize(
+    ("chunk", "offset", "expected"), [(2048, 0, 1), (512, 4096, 1), (2048, 30720, 0), (8192, 0, 0)]
+)
+def test_a_prefill_takes_its_time_where_decodes_take_longer(chunk, offset, expected):
+    heads, decodes = 32, 64
+    tiling = mosaic_mixed.Tiling()
+    rows = jnp.arange(decodes + 1, dtype=jnp.int32)
+    q_lens, kv_lens = jnp.where(rows == 0, chunk, 1), jnp.where(rows == 0, offset + chunk, 4096)
+    starts = jnp.cumsum(q_lens) - q_lens
+    view = view_without_contents(decodes + 1, 32768, heads=8)
+    batch = RaggedBatch(rows, starts, q_lens, kv_lens, max_q_len=chunk)
+    q = jnp.zeros((chunk + decodes, heads, 8))
+    alone, first, chunks = mosaic_mixed.parted(q, batch)
+    sizes = prefill_split.Sizes(q.shape[0], q.shape[0], 128, tiling.block_k)
+    counts = prefill_split.schedule(chunks, view, Features(), sizes, others=alone.q_lens, interpret=True).counts
+    split = decode_split.split(
+        alone, view, Features(), tokens=decodes + 1, sets=8, streams=tiling.blocks, out_rows=first, interpret=True
+    )
+    shape = types.SimpleNamespace(num_q_heads=heads, tiling=tiling)
+    assert mosaic_mixed._there_is_time(counts[2], split.streams[0, decode_split.NUM_UNITS], shape) == expected
 
 
 @pytest.mark.parametrize("other", [{}, {"heads": 17}, {"registers": True}], ids=str)

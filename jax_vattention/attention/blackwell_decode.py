@@ -84,7 +84,7 @@ class Tcgen05(mosaic_rows.Products):
         """K and V, in shared memory that it can read, and what it computes."""
         streams, block_k, head_dim = shape.tiling.streams, shape.tiling.block_k, shape.head_dim
         width = Tcgen05.width(shape)
-        of_scores, of_sums = math.gcd(block_k // 2, head_dim), math.gcd(width // 2, block_k)
+        of_scores, of_sums = Tcgen05._together(shape)
         k, v = ("k_wide", "v_wide") if shape.quantized else ("k_smem", "v_smem")
         stages, tile = ((), (block_k, head_dim)) if shape.quantized else ((shape.stages,), shape.tile)
         return {
@@ -96,6 +96,16 @@ class Tcgen05(mosaic_rows.Products):
             "sums_tmem": plgpu.TMEM((streams, head_dim // width, ROWS, width), jnp.float32),
             "multiplied": plgpu.Barrier(num_barriers=streams, orders_tensor_core=True),
         }
+
+    @staticmethod
+    def together(shape: Shape) -> tuple[int | None, int | None]:
+        """See `Products`."""
+        return (None, None) if shape.quantized else Tcgen05._together(shape)
+
+    @staticmethod
+    def _together(shape: Shape) -> tuple[int, int]:
+        block_k = shape.tiling.block_k
+        return math.gcd(block_k // 2, shape.head_dim), math.gcd(Tcgen05.width(shape) // 2, block_k)
 
     @staticmethod
     def width(shape: Shape) -> int:

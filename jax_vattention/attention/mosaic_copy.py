@@ -60,16 +60,19 @@ class _Lines(mgpu.launch_context.MemRefTransform):
     transform_gmem_shape = transform_shape
 
 
-def copy(source, target, ready, *, policy: int | None, interpreted: bool, collective_axes: str | None = None) -> None:
+def copy(
+    source, target, ready, *, interpreted: bool, policy: int | None = None, together: int | None = None,
+    collective_axes: str | None = None,
+) -> None:  # fmt: skip
     """`plgpu.copy_gmem_to_smem` of what `tokens_of` returns, with a policy for L2.
 
     Args:
-      target: see `operand`.
+      target, together: see `operand`.
     """
     plgpu.copy_gmem_to_smem(source, target, ready, collective_axes=collective_axes)
     if interpreted or (policy is None and len(target.shape) < _RUNS):
         return
-    kind = operand(target)
+    kind = operand(target, together)
     tiling, swizzle = kind.transforms
 
     @plgpu.inline_mgpu(arg_types=(kind,))

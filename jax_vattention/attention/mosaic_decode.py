@@ -209,7 +209,8 @@ def _decode(
     def _():
         if limited:
             plgpu.set_max_registers(limited[1], action="decrease")
-        copy(shape, local, work, layer_ref[0] * shape.layer_stride, k_ref, v_ref, pages, **scratch)
+        layer, together = layer_ref[0] * shape.layer_stride, products.together(shape)
+        copy(shape, local, work, layer, k_ref, v_ref, pages, together=together, **scratch)
 
         @pl.when(local == 0)
         def _():
@@ -238,13 +239,17 @@ class _Progress(NamedTuple):
 
 def copy(
     shape: Shape, local, work: Work, layer, k_ref, v_ref, pages, *, k_smem, v_smem, k_ready, v_ready, k_tail_ready,
-    v_tail_ready, k_free, v_free, **_,
+    v_tail_ready, k_free, v_free, together: tuple[int | None, int | None] = (None, None), **_,
 ):  # fmt: skip
-    """The warpgroup that copies K and V for the stream with this number in its block."""
+    """The warpgroup that copies K and V for the stream with this number in its block.
+
+    Args:
+      together: see `Products.together`.
+    """
     tokens, stages = shape.tile_tokens, shape.stages
     sides = (
-        (k_ref, k_smem, k_ready, k_tail_ready, k_free),
-        (v_ref, v_smem, v_ready, v_tail_ready, v_free),
+        (k_ref, k_smem, k_ready, k_tail_ready, k_free, together[0]),
+        (v_ref, v_smem, v_ready, v_tail_ready, v_free, together[1]),
     )
 
     def wait_until_free(free, first, end):
@@ -269,9 +274,9 @@ def copy(
             stage = lax.rem(state.tiles, stages)
             barrier = local * stages + stage
             token = piece.first + tile * tokens
-            for column, (ref, smem, ready, tail_ready, free) in zip(columns, sides, strict=True):
+            for column, (ref, smem, ready, tail_ready, free, line) in zip(columns, sides, strict=True):
                 wait_until_free(free, state.free, end)
-                to = functools.partial(_copy, shape, ref, base, column, piece.head, smem.at[local, stage])
+                to = functools.partial(_copy, shape, ref, base, column, piece.head, smem.at[local, stage], line)
                 if tail:
                     _copy_tail(shape, to, token, piece.end, place, tail_ready.at[barrier])
                     continue
@@ -319,14 +324,14 @@ def _copy_tail(shape: Shape, to: Callable[..., None], token, end, place: Callabl
     lax.fori_loop(left * shape.arrivals(BOX), shape.tile_tokens // BOX * shape.arrivals(BOX), arrive, None)
 
 
-def _copy(shape: Shape, ref, base, column, head, smem, token, box, size: int, ready) -> None:
+def _copy(shape: Shape, ref, base, column, head, smem, together, token, box, size: int, ready) -> None:
     """Copies so many tokens of a set, from one of a slot on, to where a box of a tile is."""
     # Partial results and tables stay in L2 then. Where rows are longer, and there is less to join, nothing is gained.
     policy, row = mosaic_copy.READ_ONCE if shape.quantized else None, base + token
     if shape.together == 1:
         tokens = tokens_of(ref, row, size, column, head, interpreted=shape.interpreted)
         smem = part_of(smem, box, size, interpreted=shape.interpreted)
-        mosaic_copy.copy(tokens, smem, ready, policy=policy, interpreted=shape.interpreted)
+        mosaic_copy.copy(tokens, smem, ready, policy=policy, together=together, interpreted=shape.interpreted)
         return
     for token in range(0, size, shape.copied_tokens):
         if shape.interpreted:
@@ -335,7 +340,7 @@ def _copy(shape: Shape, ref, base, column, head, smem, token, box, size: int, re
         else:
             source = ref.at[*place_of_box(row + token, column), :, lax.div(head, shape.together)]
             target = smem.at[pl.ds(box * BOX + token, BOX)]
-        mosaic_copy.copy(source, target, ready, policy=policy, interpreted=shape.interpreted)
+        mosaic_copy.copy(source, target, ready, policy=policy, together=together, interpreted=shape.interpreted)
 
 
 def multiply(shape: Shape, local, work: Work, products: type[Products], refs: Refs, scratch: dict[str, Any]) -> None:

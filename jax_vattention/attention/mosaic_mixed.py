@@ -174,7 +174,7 @@ def _scratch(decode: decode_shape.Shape, prefill: prefill_shape.Shape, tiling: T
     }
 
 
-def _there_is_time(tiles, units, decode: decode_shape.Shape, prefill: prefill_shape.Shape):
+def _there_is_time(tiles, units, prefill: prefill_shape.Shape):
     """Whether decodes take longer than a prefill that is not in a hurry.
 
     Args:
@@ -198,7 +198,7 @@ def _mixed(
     reading = decode_split.Work(requests, streams, computing.block, decode.together)
     decodes = computing.block < decode.tiling.blocks
 
-    there_is_time = _there_is_time(counts[2], streams[0, decode_split.NUM_UNITS], decode, prefill)
+    there_is_time = _there_is_time(counts[2], streams[0, decode_split.NUM_UNITS], prefill)
 
     def depth_of(i):
         # The first item comes before it is said whether the block decodes.

@@ -441,7 +441,7 @@ def copy(
                 for box in range(0, block_k, BOX):
                     begin = jnp.where(key + box < tile.kv_len, key + box, key)
                     target = part_of(smem.at[stage], box // BOX, BOX, interpreted=shape.interpreted)
-                    mosaic_copy.copy(tokens(begin, BOX), target, tail, policy=None, interpreted=shape.interpreted)
+                    mosaic_copy.copy(tokens(begin, BOX), target, tail, interpreted=shape.interpreted)
                 plgpu.barrier_wait(tail)
                 if ref is v_ref and side is values:
                     _clean(as_rows(smem.at[stage]), tile.kv_len - key, shape)

@@ -63,6 +63,12 @@ class Products(Protocol):
     def width(shape: Shape) -> int:
         """Columns of each array in which the result is added up."""
 
+    @staticmethod
+    def together(shape: Shape) -> tuple[int | None, int | None]:
+        """Of K and V as they are copied; see `swizzled`."""
+        del shape
+        return None, None
+
     def scores(self, q, k, meanwhile: Callable[[], None]) -> jax.Array:
         """`q @ k.T`, float32 `[ROWS, block_k]`; nothing reads `k` any more. Calls `meanwhile` while it is computed."""
 

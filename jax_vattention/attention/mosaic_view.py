@@ -140,9 +140,9 @@ def swizzled(sizes: tuple[int, ...], dtype: Any, together: int | None = None, *,
     return plgpu.SMEM(sizes, dtype, transforms=(plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle)))
 
 
-def operand(tile) -> Any:
+def operand(tile, together: int | None = None) -> Any:
     """The type of a tile that is as `swizzled` makes it, in all of its dimensions, for what is inlined in a kernel."""
-    return plgpu.RefType(swizzled(tile.shape, tile.dtype, rank=len(tile.shape)).transforms)
+    return plgpu.RefType(swizzled(tile.shape, tile.dtype, together, rank=len(tile.shape)).transforms)
 
 
 def pass_on(order, order_out, block) -> None:
