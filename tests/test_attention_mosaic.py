@@ -419,13 +419,13 @@ MIXED = [
     ([(1, 130), (1, 8)], {"layout": "layer_major", "group": 4}),
     ([(40, 140), (0, 0)], {}),
     ([(40, 140), (1, 30), (1, 90)], {"prefix_lens": [100, 30, 85], "head_dim": 128}),
-    ([(5, 5), (1, 200), (150, 300), (1, 310)], {"blocks": 3, "decode": {"behind": 1, "mark": 2}}),
+    ([(5, 5), (1, 200), (150, 300), (1, 310)], {"blocks": 3, "stages": 3, "decode": {"behind": 1, "mark": 2}}),
     ([(40, 300), (1, 300), (1, 20)], {"window": 50, "sinks": True, "decode": {"block_k": 128}}),
 ]
 MORE_MIXED = [
     ([(40, 300), (1, 300), (1, 20)], {"window": 50, "sinks": True, "soft_cap": 2.0}),
     ([(100, 300), (1, 90)], {"large": (60, 2**12, 1)}),
-    ([(200, 300), *[(1, 1500)] * 8], {"blocks": 5}),  # the prefill is not in a hurry
+    ([(200, 300), *[(1, 310)] * 8], {"blocks": 5}),  # the prefill is not in a hurry
 ]
 """Not interpreted, for it takes long."""
 

@@ -4,7 +4,8 @@ Decoding waits for memory and prefill for the tensor cores, so at the same time 
 (POD-Attention, Kamath et al., arXiv 2410.18038). Here every block does its share of both at once: two warpgroups
 multiply and one copies as in `mosaic_prefill`, one multiplies and one copies as in `mosaic_decode`, each kind with
 shared memory and registers of its own. Neither waits for the other. As decodes have their queries as columns (see
-`mosaic_columns`), they take little of what prefill needs: registers, tensor cores and power.
+`mosaic_columns`), they take little of what prefill needs: registers, tensor cores and power. But what prefill takes of
+these makes decodes slower, and so it takes its time, if it has time: see `Tiling.beside`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Tiling(mosaic_prefill.Tiling):
     registers: tuple[int, int] = (40, 152)
     blocks: int = decode_shape.BLOCKS
     beside: int = 1
-    """Tiles of keys of the prefill that may be under way while its block decodes; afterwards all."""
+    """Tiles of keys that may be under way while the block decodes; afterwards, and if decodes are not what takes
+    longest, all that there is memory for."""
     keep_keys: bool = True
     """What decodes read, each key once, would displace K and V of the prefill, which all tiles of queries read."""
 
@@ -203,7 +205,7 @@ def _mixed(
     def depth_of(i):
         # The first item comes before it is said whether the block decodes.
         still = i == 0 if prefill.interpreted else there_is_time & decodes & ((i == 0) | (decoding[0] != 0))
-        return jnp.where(still, tiling.beside, tiling.stages)
+        return jnp.where(still, min(tiling.beside, tiling.stages), tiling.stages)
 
     @pl.when(warpgroup < _PREFILL_COPIES)
     def _():

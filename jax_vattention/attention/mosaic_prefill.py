@@ -364,8 +364,8 @@ class Copied(NamedTuple):
     """Of the block's work, each as often as it was copied."""
     tiles: jax.Array
     """Of keys."""
-    depth: Any
-    """Of these, as many may be under way, since the last of these items."""
+    depth: jax.Array
+    """As many of these may be under way."""
 
 
 def copy(
@@ -378,7 +378,7 @@ def copy(
     Args:
       meanwhile: what it does when all copies are on their way.
       depth_of: how many tiles of keys may be under way for an item, from 1 to as many as there is memory for; if not
-        given, these. It does not become less.
+        given, these. What is more takes effect one by one, and what is less does not.
     """
     shape, tiling = work.shape, work.shape.tiling
     block_k, stages, q_stages = tiling.block_k, tiling.stages, tiling.q_stages
@@ -387,7 +387,7 @@ def copy(
         index, head = work.item(i)
         count, depth = done.tiles, jnp.int32(stages)
         if depth_of is not None:
-            depth = jnp.maximum(done.depth, depth_of(i))
+            depth = jnp.clip(depth_of(i), done.depth, done.depth + 1)
         tile = Tile(*(work.tiles[index, field] for field in range(len(Tile._fields))))
         stage = lax.rem(i, q_stages)
 
@@ -411,14 +411,15 @@ def copy(
                 kv_head = lax.div(head, shape.group)
                 return tokens_of(ref, tile.row + first, count, column, kv_head, interpreted=shape.interpreted)
 
-            # Where the depth has become more, the first tile is for the new place, which nothing has been in.
-            has_to_wait = count + t >= depth
-            if depth_of is not None and last:
-                has_to_wait &= depth == done.depth
+            has_to_wait, place = count + t >= depth, stage
+            if depth_of is not None:
+                place = lax.rem(count + t - depth, stages)
+                if last:  # with one more under way, the first tile is that one
+                    has_to_wait &= depth == done.depth
 
             @pl.when(has_to_wait)
             def _():
-                plgpu.barrier_wait(free.at[lax.rem(count + t - depth, stages)])
+                plgpu.barrier_wait(free.at[place])
 
             key = tile.begin + (tile.blocks - 1 - t) * block_k
 
