@@ -17,8 +17,8 @@ struct AppendArgs {
   int* order;
   int64_t tokens;
   int64_t num_slots;
-  int64_t slot_pieces;
-  int64_t piece_tokens;
+  int64_t slot_runs;
+  int64_t run_tokens;
   int64_t num_layers;
   int64_t part_bytes;
   int64_t layer_bytes;
@@ -51,10 +51,10 @@ __device__ void Append(const AppendArgs& args) {
     }
     return;
   }
-  const int piece_tokens = static_cast<int>(args.piece_tokens);
-  const int64_t piece = slot * args.slot_pieces + static_cast<int>(position) / piece_tokens;
-  const int64_t offset = (piece * args.num_layers + layer) * args.layer_bytes +
-                         static_cast<int>(position) % piece_tokens * args.part_bytes;
+  const int run_tokens = static_cast<int>(args.run_tokens);
+  const int64_t run = slot * args.slot_runs + static_cast<int>(position) / run_tokens;
+  const int64_t offset = (run * args.num_layers + layer) * args.layer_bytes +
+                         static_cast<int>(position) % run_tokens * args.part_bytes;
   Copy<Word>(args.k_view + offset, args.k + token * args.source_stride, args.part_bytes);
   Copy<Word>(args.v_view + offset, args.v + token * args.source_stride, args.part_bytes);
 }

@@ -2,9 +2,9 @@
 //
 // append(k_view, v_view, k, v, layer, slots, positions, mask, mapped, order) -> order
 //
-//   k_view, v_view  written in place. token_major: one operand twice, [num_slots, slot_pieces, num_layers, 2,
-//                   piece_tokens, num_kv_heads, head_dim], where a piece is as many tokens as lie together in a layer;
-//                   layer_major: two of [num_slots, slot_tokens, num_kv_heads, head_dim], a piece is one token
+//   k_view, v_view  written in place. token_major: one operand twice, [num_slots, slot_runs, num_layers, 2,
+//                   run_tokens, num_kv_heads, head_dim], where a run is as many tokens as lie together in a layer;
+//                   layer_major: two of [num_slots, slot_tokens, num_kv_heads, head_dim], a run is one token
 //   k, v            [tokens, num_kv_heads, head_dim] of the views' dtype; or k [tokens, 2, num_kv_heads, head_dim]
 //                   holding both, and v is the same operand again
 //   layer           int32 []: index in the view; 0 in layer_major
@@ -38,8 +38,8 @@ struct AppendArgs {
   int32_t* order;
   int64_t tokens;
   int64_t num_slots;
-  int64_t slot_pieces;
-  int64_t piece_tokens;
+  int64_t slot_runs;
+  int64_t run_tokens;
   int64_t num_layers;        // in the view
   int64_t part_bytes;        // K, or V, of one token and layer
   int64_t layer_bytes;       // from one layer to the next in the view

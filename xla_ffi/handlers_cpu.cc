@@ -21,8 +21,8 @@ namespace {
 // A view as the custom calls see it, in bytes.
 struct ViewLayout {
   int64_t num_slots;
-  int64_t slot_pieces;
-  int64_t piece_tokens;  // that lie together in one layer
+  int64_t slot_runs;
+  int64_t run_tokens;  // that lie together in one layer
   int64_t num_layers;
   int64_t heads;
   int64_t head_dim;
@@ -34,8 +34,8 @@ struct ViewLayout {
 // From the start of a view to a token of a layer.
 template <typename Layout>
 int64_t Offset(const Layout& layout, int64_t slot, int64_t position, int64_t layer) {
-  const int64_t piece = slot * layout.slot_pieces + position / layout.piece_tokens;
-  return (piece * layout.num_layers + layer) * layout.layer_bytes + position % layout.piece_tokens * layout.part_bytes;
+  const int64_t run = slot * layout.slot_runs + position / layout.run_tokens;
+  return (run * layout.num_layers + layer) * layout.layer_bytes + position % layout.run_tokens * layout.part_bytes;
 }
 
 // Reads the layout off two views of one shape. Returns false where they have none.
@@ -48,20 +48,20 @@ bool DecodeViews(ffi::AnyBuffer k_view, ffi::AnyBuffer v_view, ViewLayout* layou
   if (!token_major && shape.size() != 4) return false;
   const size_t heads = shape.size() - 2;
   layout->num_slots = shape[0];
-  layout->slot_pieces = shape[1];
-  layout->piece_tokens = token_major ? shape[4] : 1;
+  layout->slot_runs = shape[1];
+  layout->run_tokens = token_major ? shape[4] : 1;
   layout->num_layers = token_major ? shape[2] : 1;
   layout->heads = shape[heads];
   layout->head_dim = shape[heads + 1];
   layout->part_bytes = shape[heads] * shape[heads + 1] * static_cast<int64_t>(ffi::ByteWidth(k_view.element_type()));
-  const int64_t piece_bytes = layout->piece_tokens * layout->part_bytes;
-  layout->layer_bytes = token_major ? 2 * piece_bytes : piece_bytes;
-  layout->v_offset = token_major ? piece_bytes : 0;
+  const int64_t run_bytes = layout->run_tokens * layout->part_bytes;
+  layout->layer_bytes = token_major ? 2 * run_bytes : run_bytes;
+  layout->v_offset = token_major ? run_bytes : 0;
   return true;
 }
 
 constexpr const char* kViews =
-    "the views must be one operand twice, [slots, pieces, layers, 2, tokens, heads, head_dim], or two of one dtype, "
+    "the views must be one operand twice, [slots, runs, layers, 2, tokens, heads, head_dim], or two of one dtype, "
     "[slots, tokens, heads, head_dim]";
 
 }  // namespace
@@ -108,8 +108,8 @@ ffi::ErrorOr<AppendArgs> DecodeAppend(ffi::AnyBuffer k_view, ffi::AnyBuffer v_vi
   args.order = order_out->typed_data();
   args.tokens = tokens;
   args.num_slots = layout.num_slots;
-  args.slot_pieces = layout.slot_pieces;
-  args.piece_tokens = layout.piece_tokens;
+  args.slot_runs = layout.slot_runs;
+  args.run_tokens = layout.run_tokens;
   args.num_layers = layout.num_layers;
   args.part_bytes = layout.part_bytes;
   args.layer_bytes = layout.layer_bytes;
@@ -229,7 +229,7 @@ ffi::Error ReadTileCpu(ffi::AnyBuffer k_view, ffi::AnyBuffer v_view, ffi::Buffer
   // Tokens [skipped, end) of the tile are read.
   const int64_t tokens = size[1];
   const int64_t readable_from = std::max<int64_t>(*first.typed_data(), 0);
-  const int64_t slot_tokens = layout.slot_pieces * layout.piece_tokens;
+  const int64_t slot_tokens = layout.slot_runs * layout.run_tokens;
   const int64_t readable_to = exists ? std::min<int64_t>(*last.typed_data(), slot_tokens) : 0;
   const int64_t skipped = std::clamp<int64_t>(readable_from - begin, 0, tokens);
   const int64_t end = std::clamp<int64_t>(readable_to - begin, skipped, tokens);
@@ -239,7 +239,7 @@ ffi::Error ReadTileCpu(ffi::AnyBuffer k_view, ffi::AnyBuffer v_view, ffi::Buffer
     std::memset(destination, 0, skipped * layout.part_bytes);
     for (int64_t i = skipped, together = 0; i < end; i += together) {
       const int64_t token = begin + i;
-      together = std::min(end - i, layout.piece_tokens - token % layout.piece_tokens);
+      together = std::min(end - i, layout.run_tokens - token % layout.run_tokens);
       const char* source = view + part * layout.v_offset + Offset(layout, at_slot, token, at_layer);
       std::memcpy(destination + i * layout.part_bytes, source, together * layout.part_bytes);
     }
