@@ -16,8 +16,8 @@ traffic of L2, and less power. A request's last tile, below, each block reads fo
 A block stays for the whole kernel: tiles of queries of all requests and heads, sorted by the keys that they see, are
 dealt out to the blocks, and the copying warpgroup runs ahead into the next one.
 
-What is not mapped is never addressed: a request's last tile of keys is copied in boxes of `KV_TAIL_TOKENS` tokens, up
-to which the manager maps, and in the place of a box without a token of the request the first one is copied again.
+What is not mapped is never addressed: a request's last tile of keys is copied in runs of `KV_TAIL_TOKENS` tokens, up to
+which the manager maps, and in the place of a run without a token of the request the first one is copied again.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ from jax_vattention.attention.prefill_split import FIELDS, Tile, schedule
 from jax_vattention.attention.tilings import tuned
 from jax_vattention.batch import RaggedBatch
 from jax_vattention.cache import LayerView
+from jax_vattention.spec import KV_TAIL_TOKENS
 
 _CONSUMERS = 2
 """Warpgroups of a block that multiply."""
@@ -243,7 +244,7 @@ def buffers(shape: Shape, dtype: Any) -> dict[str, Any]:
         "q_ready": plgpu.Barrier(num_arrivals=2, num_barriers=tiling.q_stages),
         "k_ready": plgpu.Barrier(num_barriers=tiling.stages),
         "v_ready": plgpu.Barrier(num_barriers=tiling.stages),
-        "tail_ready": plgpu.Barrier(num_arrivals=tiling.block_k // BOX, num_barriers=2),
+        "tail_ready": plgpu.Barrier(num_arrivals=tiling.block_k // KV_TAIL_TOKENS, num_barriers=2),
     }
 
 
@@ -439,10 +440,14 @@ def copy(
 
             @pl.when(key + block_k > tile.kv_len)
             def _():
-                for box in range(0, block_k, BOX):
-                    begin = jnp.where(key + box < tile.kv_len, key + box, key)
-                    target = part_of(smem.at[stage], box // BOX, BOX, interpreted=shape.interpreted)
-                    mosaic_copy.copy(tokens(begin, BOX), target, tail, interpreted=shape.interpreted)
+                def run(i, _):
+                    first = i * KV_TAIL_TOKENS
+                    begin = jnp.where(key + first < tile.kv_len, key + first, key)
+                    box = i * (KV_TAIL_TOKENS // BOX)
+                    target = part_of(smem.at[stage], box, KV_TAIL_TOKENS, interpreted=shape.interpreted)
+                    mosaic_copy.copy(tokens(begin, KV_TAIL_TOKENS), target, tail, interpreted=shape.interpreted)
+
+                lax.fori_loop(0, block_k // KV_TAIL_TOKENS, run, None)
                 plgpu.barrier_wait(tail)
                 if ref is v_ref and side is values:
                     _clean(as_rows(smem.at[stage]), tile.kv_len - key, shape)
