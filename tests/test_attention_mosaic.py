@@ -25,6 +25,7 @@ from jax_vattention.attention import (
     mosaic_pace,
     mosaic_prefill,
     mosaic_rows,
+    mosaic_view,
     pallas_mosaic,
     prefill_split,
     target,
@@ -409,6 +410,11 @@ def test_clusters_divide_the_blocks_and_the_heads_of_a_group(heads, kv_heads, bl
 @pytest.mark.parametrize(("requests", "options"), CLUSTERS, ids=str)
 def test_clusters_in_the_interpreter(clusters, requests, options):
     prefill_cases.check(mosaic_prefill, requests, cluster=2, **options)
+
+
+@pytest.mark.parametrize(("tokens", "refused"), [(64, None), (72, "slots of 72 tokens")])
+def test_slots_that_are_not_whole_runs_are_refused(tokens, refused):
+    assert mosaic_view.refusal(jnp.zeros((1, 8, 8), jnp.bfloat16), view_without_contents(2, tokens)) == refused
 
 
 # Both in one kernel

@@ -274,7 +274,7 @@ def refusal(q: jax.Array, view: LayerView) -> str | None:
     slots, slot_tokens = view.k.shape[0], view.slot_tokens
     for refused, what in (
         (q.dtype not in (jnp.bfloat16, jnp.float16), f"queries of {q.dtype}"),
-        (slot_tokens % BOX, f"slots of {slot_tokens} tokens"),
+        (slot_tokens % KV_TAIL_TOKENS, f"slots of {slot_tokens} tokens"),
         (slots * slot_tokens >= 2**31, f"{slots} slots of {slot_tokens} tokens"),
     ):
         if refused:
