@@ -16,8 +16,8 @@ KV_TAIL_TOKENS = 16
 sliding window it may read from the window's first token rounded down to this many.
 
 In `token_major` so many tokens of a layer lie together, a run. With runs of 8 tokens, the shortest piece that a GPU
-copies into the shared memory layout of its tensor cores, decodes take 2 to 4% longer. A page of 2 MiB holds 16 tokens
-of Llama-3-8B, and where pages hold multiples of 16 this maps nothing more.
+copies into the shared memory layout of its tensor cores, decodes take longer (see `benchmarks/NOTES.md`). A page of
+2 MiB holds 16 tokens of Llama-3-8B, and where pages hold multiples of 16 this maps nothing more.
 """
 
 DEFAULT_PAGE_BYTES = 2 * 1024 * 1024
