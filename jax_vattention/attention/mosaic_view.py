@@ -48,11 +48,10 @@ class Columns(NamedTuple):
         sets = (view.num_kv_heads // together, together) if together > 1 and not interpreted else (view.num_kv_heads,)
         heads = *sets, view.head_dim
         columns = 1 if view.v is not None else math.prod(view.k.shape[2:4])
-        k, v = (each.reshape(-1, columns * _RUN, BOX, *heads) for each in view.views)
         if interpreted:
-            k, v = (each.reshape(-1, columns, KV_TAIL_TOKENS, *heads) for each in (k, v))
-            k, v = (each.swapaxes(1, 2).reshape(-1, columns, *heads) for each in (k, v))
-        return cls(k, v)
+            runs = (each.reshape(-1, columns, KV_TAIL_TOKENS, *heads) for each in view.views)
+            return cls(*(each.swapaxes(1, 2).reshape(-1, columns, *heads) for each in runs))
+        return cls(*(each.reshape(-1, columns * _RUN, BOX, *heads) for each in view.views))
 
 
 def tile_sizes(tokens: int, head_dim: int, *, interpreted: bool) -> tuple[int, ...]:
