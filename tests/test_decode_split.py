@@ -31,15 +31,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 RUN, SLOT_TOKENS, SLOTS, TOKENS, SETS, GROUP, DIM = 16, 2048, 6, 8, 2, 3, 8
 
 
-@functools.partial(jax.jit, static_argnames=("sets", "streams"))
-def _split(batch, view, *, sets, streams):
+@functools.partial(jax.jit, static_argnames=("sets", "streams", "room"))
+def _split(batch, view, *, sets, streams, room):
     tokens = max(TOKENS, batch.num_requests)
-    table = decode_split.split(batch, view, Features(), tokens=tokens, sets=sets, streams=streams, interpret=True)
+    table = decode_split.split(
+        batch, view, Features(), tokens=tokens, sets=sets, streams=streams, room=room, interpret=True
+    )
     return table.requests, table.streams, table.owners
 
 
-def split(batch, view, *, streams, sets=SETS):
-    return decode_split.Split(*_split(batch, view, sets=sets, streams=streams))
+def split(batch, view, *, streams, sets=SETS, room=0):
+    return decode_split.Split(*_split(batch, view, sets=sets, streams=streams, room=room))
 
 
 @functools.partial(jax.jit, static_argnames=("whole_are_there", "fill"))
@@ -62,7 +64,7 @@ def first_keys(requests, window, mapped):
     return found
 
 
-def pieces(table, bounds):
+def pieces(table, bounds, room=0):
     """`(stream, pair, first key, end)` of the work that the table shares out, as a kernel walks through it."""
     for stream, row in enumerate(np.asarray(table.streams)):
         left, first = int(row[NUM_UNITS]), int(row[FIRST_KEY])
@@ -70,9 +72,9 @@ def pieces(table, bounds):
             begin, end = bounds[pair % len(bounds)]
             first = first if pair == row[FIRST_PAIR] else begin
             stop = min(end, first + left * GRAIN)
-            left -= -(-(stop - first) // GRAIN)
+            left -= -(-(stop - first) // GRAIN) + (room if stop > first else 0)
             yield stream, pair, first, stop
-        assert left == 0
+        assert left == 0 or -room <= left < 0, "it ends with a key, or in the room behind the last one"
 
 
 @st.composite
@@ -97,17 +99,24 @@ def make(requests, **of_view):
     batches(),
     st.sampled_from([None, 1, 30, 200]),
     st.lists(st.sampled_from([0, 5, 64]), min_size=SLOTS, max_size=SLOTS),
+    st.sampled_from([0, 1, 7]),
 )
-def test_every_key_is_one_streams_and_all_have_the_same_number_of_units(requests, window, mapped):
+def test_every_key_is_one_streams_and_all_have_the_same_number_of_units(requests, window, mapped, room):
     batch, view = make(requests, window=window, mapped_first=mapped)
-    table = split(batch, view, streams=5)
+    table = split(batch, view, streams=5, room=room)
     bounds = first_keys(requests, window, mapped)
+    sizes = [-(-(end - first) // GRAIN) for first, end in bounds]
+    share = SETS * sum(size + room for size in sizes if size) / 5
     units = np.asarray(table.streams)[:, NUM_UNITS]
-    assert units.sum() == SETS * sum(-(-(end - first) // GRAIN) for first, end in bounds)
-    assert units.max() - units.min() <= 1
+    assert units.max() < share + 1
+    if not room:
+        assert units.sum() == SETS * sum(sizes)
+        assert units.max() - units.min() <= 1
     seen = {pair: bounds[pair % len(bounds)][0] for pair in range(SETS * len(bounds))}
     last, streams_of = -1, {}
-    for stream, pair, first, stop in pieces(table, bounds):
+    work = np.zeros(5)
+    for stream, pair, first, stop in pieces(table, bounds, room):
+        work[stream] += -(-(stop - first) // GRAIN) + (room if stop > first else 0)
         if stop > first:
             streams_of.setdefault(pair, []).append(stream)
         assert first == seen[pair], "the piece before it ends there"
@@ -115,6 +124,7 @@ def test_every_key_is_one_streams_and_all_have_the_same_number_of_units(requests
         assert pair + stream > last, "each piece has a segment of its own"
         last = pair + stream
     assert all(seen[pair] == bounds[pair % len(bounds)][1] for pair in seen)
+    assert np.all(np.abs(work - share) < room + 1), "but for half a room at each end"
     for row in np.asarray(table.streams):
         if row[NUM_UNITS]:
             of_first, of_last = streams_of[row[FIRST_PAIR]], streams_of[row[FIRST_PAIR] + row[NUM_PAIRS] - 1]
@@ -125,11 +135,11 @@ def test_every_key_is_one_streams_and_all_have_the_same_number_of_units(requests
 
 
 @settings(max_examples=30, deadline=None)
-@given(batches(), st.booleans(), st.booleans(), st.integers(0, 99))
-def test_what_streams_found_is_joined_to_what_one_would_have_found(requests, whole_are_there, fill, seed):
+@given(batches(), st.booleans(), st.booleans(), st.integers(0, 99), st.sampled_from([0, 7]))
+def test_what_streams_found_is_joined_to_what_one_would_have_found(requests, whole_are_there, fill, seed, room):
     rng = np.random.default_rng(seed)
     batch, view = make(requests)
-    table, bounds = split(batch, view, streams=5), first_keys(requests, None, None)
+    table, bounds = split(batch, view, streams=5, room=room), first_keys(requests, None, None)
     rows, longest = 2 * GROUP, 256
     scores = rng.normal(size=(SETS, len(requests), rows, longest)) * 4
     values = rng.normal(size=(SETS, len(requests), rows, longest, DIM))
@@ -151,7 +161,7 @@ def test_what_streams_found_is_joined_to_what_one_would_have_found(requests, who
         heads = slice(pair // len(requests) * GROUP, (pair // len(requests) + 1) * GROUP)
         array[start : start + q_len, heads] = result.reshape(2, GROUP, DIM)[:q_len]
 
-    for stream, pair, first, stop in pieces(table, bounds):
+    for stream, pair, first, stop in pieces(table, bounds, room):
         if stop > first:
             parts[pair + stream], lse[pair + stream, 1 : rows + 1] = found(pair, first, stop)
             if whole_are_there and (first, stop) == bounds[pair % len(requests)]:

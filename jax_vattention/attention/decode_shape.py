@@ -49,6 +49,8 @@ class Tiling:
     """Of products, and queries as their columns, where the kernel can (see `Shape.keys_as_rows`)."""
     together: int = 1
     """KV heads of a tile, 1 or 8: tokens are read with all of these heads at once, if there are as many."""
+    room: int = 0
+    """Units of keys that are read in the time that it takes to begin and to end a pair (see `decode_split.split`)."""
 
 
 def _kernels_overlap() -> bool:
@@ -214,6 +216,10 @@ class Shape(CommonShape):
         fits = self.queries == 1 and BOX % self.group == 0 and self.num_kv_heads * self.group % BOX == 0
         return BOX // self.group if fits else 1
 
+    def room(self, requests: int) -> int:
+        """That of a pair. Streams that have one pair each, or a part of one, need none."""
+        return self.tiling.room * min(self.sets * requests, self.streams) // self.streams
+
     def query_tile(self, request: jax.Array, token: jax.Array, number: jax.Array) -> jax.Array:
         """Which of `query_tiles` holds the query heads of the set of this number."""
         row = token if self.queries == 1 else request
@@ -257,6 +263,12 @@ class Shape(CommonShape):
     def boxes_at_once(self) -> int:
         """Of the rest of a tile, copied by one instruction as long as there are as many."""
         return 1 if self.paged or self.together > 1 else min(_BOXES, self.tile_tokens // BOX)
+
+    @property
+    def tail_arrivals(self) -> int:
+        """At the barrier of a tile that is not whole: as many instructions as may copy it."""
+        boxes, at_once = self.tile_tokens // BOX, self.boxes_at_once
+        return max(boxes // at_once, boxes // at_once + at_once - 2) * self.arrivals(BOX)
 
     @property
     def copied_tokens(self) -> int:

@@ -2,9 +2,10 @@
 
 As in Stream-K (Osama et al., arXiv 2301.03598) the keys of all requests stand in one row, and every stream takes an
 equal part of it, whatever the lengths. If not all KV heads are read together, their sets stand in it one after the
-other, each with all requests. A pair of a set and a request whose keys lie in the parts of several streams is joined
-afterwards, as in Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023): by `join` here, or by the last of these streams
-(see `mosaic_join`).
+other, each with all requests. Where it takes time to begin and to end a request, it has room around its keys, half of
+it on each side: so streams of many short requests have fewer keys. A pair of a set and a request whose keys lie in the
+parts of several streams is joined afterwards, as in Flash-Decoding (Dao, Haziza, Massa and Sizov, 2023): by `join`
+here, or by the last of these streams (see `mosaic_join`).
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ class Split:
     """int32 `[requests, 8]`: first query token, row of token 0 in the view, queries, keys (0 without queries), the
     first key that its first query sees, the length of its bidirectional prefix, and the first row of its result."""
     streams: jax.Array
-    """int32 `[streams, 17]`: first pair, first key of it, units, pairs, the units of all requests of one set, and what
-    `requests` says of the first pair's: to begin, a stream reads one row. Then the first and the last stream that have
+    """int32 `[streams, 17]`: first pair, first key of it, units from there on, pairs, the units of all requests of one
+    set (both with the room of pairs), and what `requests` says of the first pair's: to begin, a stream reads one row.
+    Then the first and the last stream that have
     keys of the first pair, the last one that has keys of its last pair, and 0: in a kernel it is the number of streams
     that are done with the pair whose first stream this is, if it has others; the last of them sets it to 0 again. Then
     0 once more: in a kernel the first row says how far all streams together are (see `mosaic_pace`)."""
@@ -84,6 +86,7 @@ def split(
     tokens: int,
     sets: int,
     streams: int,
+    room: int = 0,
     query_rows: jax.Array | None = None,
     out_rows: jax.Array | None = None,
     interpret: bool,
@@ -94,13 +97,16 @@ def split(
       tokens: of the query array.
       sets: of KV heads.
       streams: how many.
+      room: of each pair, in units of keys that are read in the time that it takes to begin and to end a pair.
       query_rows, out_rows: int32 `[requests]`: where the queries and the result of each request begin, if that is not
         its `q_starts`.
     """
     slot_tokens = view.slot_tokens
     chunk = max(1, _SEARCHED_ELEMENTS // pl.next_power_of_2(batch.num_requests))
     requests, table, owners = pl.pallas_call(
-        functools.partial(_schedule_kernel, chunk=chunk, sets=sets, slot_tokens=slot_tokens, window=view.window),
+        functools.partial(
+            _schedule_kernel, chunk=chunk, sets=sets, slot_tokens=slot_tokens, room=room, window=view.window
+        ),
         out_shape=[
             jax.ShapeDtypeStruct((batch.num_requests, 8), jnp.int32),
             jax.ShapeDtypeStruct((streams, PROGRESS + 1), jnp.int32),
@@ -116,7 +122,7 @@ def split(
 
 def _schedule_kernel(
     slots, q_starts, q_lens, kv_lens, mapped, prefix_lens, query_rows, out_rows, requests, streams, owners, *,
-    chunk: int, sets: int, slot_tokens: int, window: int | None,
+    chunk: int, sets: int, slot_tokens: int, room: int, window: int | None,
 ):  # fmt: skip
     """Each program makes `chunk` rows of the tables. Fused by XLA the same takes about twenty launches."""
     count = slots.shape[0]
@@ -136,8 +142,9 @@ def _schedule_kernel(
         first = -(-first // KV_TAIL_TOKENS) * KV_TAIL_TOKENS  # for a unit begins with a run of keys
         lower = jnp.minimum(jnp.maximum(lengths - queries - window + 1, first), lengths)
     units = (lengths - first_unit_key(lower) + GRAIN - 1) // GRAIN
-    ends = jnp.cumsum(units)
-    total = jnp.sum(units)
+    lead, spans = room // 2, jnp.where(units > 0, units + room, 0)
+    ends = jnp.cumsum(spans)
+    total = jnp.sum(spans)
 
     prefix = jnp.zeros_like(lengths) if prefix_lens is None else read(prefix_lens)
     token, out = (starts if each is None else read(each) for each in (query_rows, out_rows))
@@ -154,22 +161,31 @@ def _schedule_kernel(
 
     each, more = _shares(total, sets, streams.shape[0])
     low, own = line * each + jnp.minimum(line, more), each + (line < more).astype(jnp.int32)
+    end = low + own
 
     def pair_of(unit):
-        """The pair of a unit, which key is its first, and the streams that have the pair's first and last unit."""
+        """The pair of a unit, or of a place in its room, the pair's first unit, and how many it has."""
         number = jnp.minimum(unit // jnp.maximum(total, 1), sets - 1)
-        within = unit - number * total
-        before = ends[None, :] <= within[:, None]  # requests behind the last one have no units
+        before = ends[None, :] <= (unit - number * total)[:, None]  # requests behind the last one have no units
         request = jnp.minimum(jnp.sum(before.astype(jnp.int32), axis=1), count - 1)
-        found = rows[None, :] == request[:, None]
-        start = picked(before, units)
-        key = picked(found, first_unit_key(lower)) + (within - start) * GRAIN
-        start += number * total
-        from_to = (_stream_of(unit, each, more) for unit in (start, start + picked(found, units) - 1))
-        return number * count + request, key, *from_to
+        start = picked(before, spans) + number * total + lead
+        return number * count + request, start, picked(rows[None, :] == request[:, None], units)
 
-    (first, key, *first_streams), (last, _, _, last_to) = pair_of(low), pair_of(low + own - 1)
-    pairs = jnp.where(own > 0, last - first + 1, 0)
+    def stream_of(unit):
+        return _stream_of(unit, each, more)
+
+    last_unit = end - 1
+    if room:  # the room of a pair alone, behind its keys or before them, is nothing to begin or to end with
+        _, start, size = pair_of(low)
+        low = jnp.where(low >= start + size, start + size + room - lead, jnp.maximum(low, start))
+        _, start, size = pair_of(last_unit)
+        last_unit = jnp.where(last_unit < start, start - room - 1, jnp.minimum(last_unit, start + size - 1))
+    (first, start, size), (last, last_start, last_size) = pair_of(low), pair_of(last_unit)
+    low = jnp.maximum(low, start)
+    key = picked(rows[None, :] == (first % count)[:, None], first_unit_key(lower)) + (low - start) * GRAIN
+    pairs = jnp.where(low <= last_unit, last - first + 1, 0)
+    own = jnp.where(low <= last_unit, end - low, 0)
+    first_streams, last_to = (stream_of(start), stream_of(start + size - 1)), stream_of(last_start + last_size - 1)
     all_units = jnp.broadcast_to(total, line.shape)
     first_request = rows[None, :] == (first % count)[:, None]
     of_first = (picked(first_request, values) for values in of_requests)
@@ -181,7 +197,7 @@ def _schedule_kernel(
     request = jnp.max(jnp.where(owned, rows[None, :], -1), axis=1)
     owned = rows[None, :] == request[:, None]
     for column, values in enumerate(
-        (request, line - picked(owned, starts), picked(owned, ends - units), picked(owned, units))
+        (request, line - picked(owned, starts), picked(owned, ends - spans + lead), picked(owned, units))
     ):
         triton.store(owners.at[line, column], values, mask=line < owners.shape[0])
 
@@ -214,6 +230,16 @@ class Request(NamedTuple):
         return cls(*(table[row, first_column + column] for column in range(OUT + 1)))
 
 
+class Queries(NamedTuple):
+    """Where those of a pair are."""
+
+    request: jax.Array
+    token: jax.Array
+    """The first of them."""
+    head: jax.Array
+    """The first KV head of the set."""
+
+
 class Piece(NamedTuple):
     """Some keys of a pair, which one stream reads from the first to the last."""
 
@@ -226,6 +252,10 @@ class Piece(NamedTuple):
     of: Request
     first: jax.Array
     end: jax.Array
+    is_last: jax.Array
+    """Of those of this stream."""
+    next_queries: Queries
+    """Of the pair after this one."""
 
     @property
     def is_whole(self) -> jax.Array:
@@ -265,6 +295,8 @@ class Work:
     """Row of `streams`."""
     together: int
     """KV heads of a set."""
+    room: int = 0
+    """Of each pair; see `split`."""
 
     @property
     def first_pair(self) -> jax.Array:
@@ -287,16 +319,10 @@ class Work:
         return lax.div(pair, count), lax.rem(pair, count)
 
     @property
-    def first_queries(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Request, first query token and first KV head of the first pair."""
+    def first_queries(self) -> Queries:
+        """Those of the first pair."""
         number, request = self.set_and_request(self.first_pair)
-        return request, self.first_request.token, number * self.together
-
-    def queries_after(self, piece: Piece) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The same of the pair after this piece."""
-        wraps = piece.request + 1 == self.requests.shape[0]
-        request = jnp.where(wraps, 0, piece.request + 1)
-        return request, self.requests[request, TOKEN], jnp.where(wraps, piece.head + self.together, piece.head)
+        return Queries(request, self.first_request.token, number * self.together)
 
     @property
     def shared_pairs(self) -> tuple[SharedPair, SharedPair]:
@@ -308,24 +334,31 @@ class Work:
 
     def each_piece(self, body, carry):
         """`carry = body(piece, carry)` for every piece."""
-        count = self.requests.shape[0]
-        first_key, units = (self.streams[self.stream, column] for column in (FIRST_KEY, NUM_UNITS))
-        number, request = self.set_and_request(self.first_pair)
+        columns = FIRST_PAIR, NUM_PAIRS, FIRST_KEY, NUM_UNITS
+        first_pair, pairs, first_key, units = (self.streams[self.stream, column] for column in columns)
+        number, request = self.set_and_request(first_pair)
+
+        def after(request):
+            return jnp.where(request + 1 == self.requests.shape[0], 0, request + 1)
 
         def step(i, state):
-            left, number, request, of, carry = state
-            following = jnp.where(request + 1 == count, 0, request + 1)
-            # Read ahead: between two pieces nothing waits for the table.
-            next_of = Request.read(self.requests, following)
+            left, number, request, of, next_token, carry = state
+            following = after(request)
+            # Read ahead, as where the queries after the next ones are: between two pieces nothing waits for the table.
+            next_of, token = Request.read(self.requests, following), self.requests[after(following), TOKEN]
             first = jnp.where(i == 0, first_key, first_unit_key(of.lower))
             end = jnp.minimum(of.length, first + left * GRAIN)
-            head = number * self.together
-            carry = body(Piece(self.first_pair + i, i, request, head, of, first, end), carry)
+            next_number = jnp.where(following == 0, number + 1, number)
+            queries = Queries(following, next_token, next_number * self.together)
+            head, is_last = number * self.together, i + 1 == pairs
+            carry = body(Piece(first_pair + i, i, request, head, of, first, end, is_last, queries), carry)
             left = left - lax.div(end - first + GRAIN - 1, GRAIN)
-            return left, jnp.where(following == 0, number + 1, number), following, next_of, carry
+            if self.room:
+                left = left - jnp.where(first < end, self.room, 0)
+            return left, next_number, following, next_of, token, carry
 
-        state = (units, number, request, self.first_request, carry)
-        return lax.fori_loop(0, self.num_pairs, step, state)[-1]
+        state = (units, number, request, self.first_request, self.requests[after(request), TOKEN], carry)
+        return lax.fori_loop(0, pairs, step, state)[-1]
 
 
 def out_row(requests, request, query, token):

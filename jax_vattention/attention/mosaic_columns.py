@@ -28,7 +28,6 @@ from jax_vattention.attention.mosaic_compute import (
     Tile,
     clear_unseen,
     copy_rows,
-    inside,
     wait,
     wgmmas,
 )
@@ -62,15 +61,19 @@ class Columns(Computing):
     def prepare(self) -> None:
         """Nothing: there are no columns but those of the query tile, all of which is copied."""
 
-    def begin(self, piece: Piece) -> tuple[Any, Any]:
+    def scale_from(self, first) -> Any:
+        """See `Computing`."""
+        return self.refs.scales[first]
+
+    def begin(self, piece: Piece, k_scale) -> tuple[Any, Any]:
         """See `Computing`."""
         shape = self.shape
-        q, scale = super().begin(piece)
+        q, scale = super().begin(piece, k_scale)
         if not shape.quantized:
             return q, scale
         float8_queries.split_eights(q, self.query_parts, self.factors, interpreted=shape.interpreted)
         factors = plgpu.load(self.factors, layout=OF_COLUMNS)  # type: ignore[call-arg]  # jax 0.10
-        return self.query_parts, factors * (scale * self.refs.scales[self.refs.first_scale + piece.head])
+        return self.query_parts, factors * scale
 
     def nothing(self, tiles) -> State:
         """See `Computing`."""
@@ -116,11 +119,9 @@ class Columns(Computing):
             if masked:
                 clear_unseen(shape, at.v, piece, at.first)
             return (at.v.transpose((1, 0)),)
-        wide = mosaic_transposed.widened(at.v, interpreted=shape.interpreted)
-        if not masked:
-            return wide
-        own = inside(shape, piece, at.first, wide[0].shape, _WGMMA, keys_axis=1)
-        return tuple(jnp.where(own, part, jnp.zeros_like(part)) for part in wide)
+        first = piece.of.lower - at.first if masked and shape.window is not None else None
+        end = piece.end - at.first if masked else None
+        return mosaic_transposed.widened(at.v, first, end, interpreted=shape.interpreted)
 
     def _scaled(self, scores: jax.Array, scale) -> jax.Array:
         scores = self.times(scores, scale)
@@ -151,10 +152,8 @@ class Columns(Computing):
             return of_jax(jnp.concatenate([begin[None], array]), axis=0)
         return mosaic_transposed.across(combine, begin, array, self.partial)
 
-    def result(self, piece: Piece, acc: Parts, factor: jax.Array) -> Parts:
+    def result(self, acc: Parts, factor: jax.Array) -> Parts:
         """See `Computing`."""
-        if self.shape.quantized:
-            factor *= self.refs.scales[self.refs.first_scale + self.shape.num_kv_heads + piece.head]
         return tuple(self.times(part, factor) for part in acc)
 
     def write(self, result: Parts, ref, token, head, low, high, group: int, rows) -> None:

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention import mosaic_join
 from jax_vattention.attention.decode_shape import Shape
-from jax_vattention.attention.decode_split import Piece, Request, SharedPair, Work
+from jax_vattention.attention.decode_split import Piece, Queries, Request, SharedPair, Work
 from jax_vattention.attention.mosaic_view import BOX, ROWS, as_rows
 
 LOG2_E = math.log2(math.e)
@@ -92,11 +92,15 @@ class Computing(abc.ABC):
     def prepare(self) -> None:
         """Before all pieces."""
 
-    def begin(self, piece: Piece) -> tuple[Any, Any]:
+    @abc.abstractmethod
+    def scale_from(self, first) -> Any:
+        """Of the heads of a set, for each query or for all; `first` is where that of the first head is."""
+
+    def begin(self, piece: Piece, k_scale) -> tuple[Any, Any]:
         """For a piece whose queries are there: the operand of scores, and what these are to be multiplied by."""
         shape = self.shape
         scale = shape.scale * LOG2_E if shape.soft_cap is None else shape.scale / shape.soft_cap
-        return self.queries.at[lax.rem(piece.number, 2)], scale
+        return self.queries.at[lax.rem(piece.number, 2)], k_scale * scale
 
     @abc.abstractmethod
     def nothing(self, tiles) -> State:
@@ -123,7 +127,7 @@ class Computing(abc.ABC):
         """Of each query."""
 
     @abc.abstractmethod
-    def result(self, piece: Piece, acc: Parts, factor: jax.Array) -> Parts:
+    def result(self, acc: Parts, factor: jax.Array) -> Parts:
         """`acc` times a factor for each query."""
 
     @abc.abstractmethod
@@ -143,15 +147,15 @@ class Computing(abc.ABC):
 
         @pl.when(self.work.num_pairs > 0)
         def _():
-            self._load_queries(0, *self.work.first_queries)
+            self._load_queries(0, self.work.first_queries)
 
         self.work.each_piece(self._piece, jnp.int32(0))
         if self.shape.joins:
             pl.when(self.work.num_pairs > 0)(self._join)
 
-    def _load_queries(self, number, request, token, head) -> None:
+    def _load_queries(self, number, of: Queries) -> None:
         """For the piece of this number, of those of the stream."""
-        tile = self.shape.query_tile(request, token, lax.div(head, self.shape.together))
+        tile = self.shape.query_tile(of.request, of.token, lax.div(of.head, self.shape.together))
         buffer, rows = lax.rem(number, 2), self.refs.q.shape[1]
         target, ready = self.queries.at[buffer], self.queries_ready.at[2 * self.local + buffer]
         if not self.shape.in_eights:
@@ -163,18 +167,26 @@ class Computing(abc.ABC):
 
     def _piece(self, piece: Piece, before):
         # Ahead of its use: while memory is busy a copy takes microseconds.
-        @pl.when(piece.number + 1 < self.work.num_pairs)
+        @pl.when(jnp.logical_not(piece.is_last))
         def _():
-            self._load_queries(piece.number + 1, *self.work.queries_after(piece))
+            self._load_queries(piece.number + 1, piece.next_queries)
 
+        k_scale, v_scale = self._scales(piece)
         plgpu.barrier_wait(self.queries_ready.at[2 * self.local + lax.rem(piece.number, 2)])
         whole = piece.whole_tiles(self.shape.tile_tokens)
-        tile = functools.partial(self.tile, piece, *self.begin(piece), whole)
+        tile = functools.partial(self.tile, piece, *self.begin(piece, k_scale), whole)
         state = each_tile(self.shape, piece, tile, self.nothing(before))
 
         total = self.total(state)
-        pl.when(piece.first < piece.end)(lambda: self._store(piece, state.maximum, total, state.acc))
+        pl.when(piece.first < piece.end)(lambda: self._store(piece, v_scale, state.maximum, total, state.acc))
         return state.tiles
+
+    def _scales(self, piece: Piece) -> tuple[Any, Any]:
+        """Of K and of V."""
+        if not self.shape.quantized:
+            return 1.0, 1.0
+        first = self.refs.first_scale + piece.head
+        return self.scale_from(first), self.scale_from(first + self.shape.num_kv_heads)
 
     def place(self, piece: Piece, whole, number, state: State) -> Tile:
         """Of the tile of this number, in a piece with so many whole ones."""
@@ -217,11 +229,11 @@ class Computing(abc.ABC):
         many = lax.broadcast_in_dim(factor, array.shape, [self.queries_axis]) if jnp.ndim(factor) else factor
         return array * many
 
-    def _store(self, piece: Piece, maximum: jax.Array, total: jax.Array, acc: Parts) -> None:
+    def _store(self, piece: Piece, v_scale, maximum: jax.Array, total: jax.Array, acc: Parts) -> None:
         """Writes what was found for a piece to where it belongs."""
         shape, refs = self.shape, self.refs
         divisor = total if shape.all_see_keys else jnp.where(total == 0, jnp.ones_like(total), total)
-        result = self.result(piece, acc, 1 / divisor)
+        result = self.result(acc, 1 / divisor * v_scale)
         is_final = piece.is_whole if shape.direct else False
 
         @pl.when(is_final)
@@ -243,15 +255,17 @@ class Computing(abc.ABC):
 
         @pl.when((pairs[0].streams > 1) | (pairs[1].streams > 1))
         def _():
-            for pair, is_last in zip(pairs, mosaic_join.arrive(self.work.streams, self.flags, pairs), strict=True):
-                pl.when(is_last != 0)(functools.partial(self._join_pair, pair))
+            # Read while what was written is waited for.
+            joins = [self._join_of(pair) for pair in pairs]
+            for join, is_last in zip(joins, mosaic_join.arrive(self.work.streams, self.flags, pairs), strict=True):
+                pl.when(is_last != 0)(join)
 
-    def _join_pair(self, pair: SharedPair) -> None:
+    def _join_of(self, pair: SharedPair) -> Callable[[], None]:
         refs, group = self.refs, self.shape.group
         head, request = self.work.set_and_request(pair.pair)  # a set is one head
         of = Request.read(self.work.requests, request)
-        mosaic_join.join(
-            refs.parts, refs.lse, refs.out, segment=pair.pair + pair.first, count=pair.streams,
+        return functools.partial(
+            mosaic_join.join, refs.parts, refs.lse, refs.out, segment=pair.pair + pair.first, count=pair.streams,
             low=self.shape.first_row(head, 0), rows=of.queries * group, token=of.out, head=head * group, group=group,
             first_eights=self.shape.in_eights,
         )  # fmt: skip
@@ -386,9 +400,9 @@ def widen_tile(narrow, wide, own: Any = None) -> None:
     plgpu.commit_smem()
 
 
-def inside(shape: Shape, piece: Piece, first, sizes: tuple[int, ...], layout: Any, *, keys_axis: int = 0) -> jax.Array:
-    """bool `sizes`: whether a token is the request's, and not behind its window; tokens are along one of two axes."""
-    tokens = first + lax.div(iota(sizes, keys_axis, layout), shape.together)
+def inside(shape: Shape, piece: Piece, first, sizes: tuple[int, ...], layout: Any) -> jax.Array:
+    """bool `sizes`: whether the token of a row is the request's, and not behind its window."""
+    tokens = first + lax.div(iota(sizes, 0, layout), shape.together)
     return (tokens < piece.end) & (tokens >= piece.of.lower)
 
 

@@ -93,8 +93,9 @@ def run(
     )  # fmt: skip
     columns = Columns.of(view, together=shape.together, interpreted=shape.interpreted)
     split = decode_split.split(
-        batch, view, features, tokens=q.shape[0], sets=shape.sets, streams=shape.streams, interpret=interpret_tables
-    )
+        batch, view, features, tokens=q.shape[0], sets=shape.sets, streams=shape.streams,
+        room=shape.room(batch.num_requests), interpret=interpret_tables,
+    )  # fmt: skip
     # No float8 is widened to bfloat16; a narrow product splits its queries itself.
     queries = shape.query_tiles(q.astype(jnp.float16) if shape.quantized and not shape.narrow else q, batch)
     pages = jnp.zeros((1, 1), jnp.int32) if page_table is None else page_table
@@ -143,7 +144,6 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
 
     many = streams * stages
     whole = shape.copies * shape.arrivals(shape.tile_tokens // shape.copies)
-    boxes = shape.tile_tokens // BOX * shape.arrivals(BOX)
     rows = (("out_smem", out_dtype), ("part_smem", jnp.float32))
     return {
         "q_smem": tiles(2, shape.rows if shape.keys_as_rows else ROWS, shape.head_dim),
@@ -162,8 +162,8 @@ def scratch_types(shape: Shape, dtype: Any, kv_dtype: Any, out_dtype: Any) -> di
         ),
         "k_ready": plgpu.Barrier(num_arrivals=whole, num_barriers=many),
         "v_ready": plgpu.Barrier(num_arrivals=whole, num_barriers=many),
-        "k_tail_ready": plgpu.Barrier(num_arrivals=boxes, num_barriers=many),
-        "v_tail_ready": plgpu.Barrier(num_arrivals=boxes, num_barriers=many),
+        "k_tail_ready": plgpu.Barrier(num_arrivals=shape.tail_arrivals, num_barriers=many),
+        "v_tail_ready": plgpu.Barrier(num_arrivals=shape.tail_arrivals, num_barriers=many),
         "k_free": plgpu.Barrier(num_barriers=many),
         "v_free": plgpu.Barrier(num_barriers=many),
         **({"flags": plgpu.SMEM((streams, 2), jnp.int32)} if shape.joins else {}),
@@ -202,7 +202,7 @@ def _decode(
     """
     warpgroup, block, count = lax.axis_index("warpgroup"), lax.axis_index("block"), shape.tiling.streams
     local = lax.rem(warpgroup, count)
-    work = Work(requests, streams, block * count + local, shape.together)
+    work = Work(requests, streams, block * count + local, shape.together, shape.room(requests.shape[0]))
     limited = _REGISTERS.get(count)
 
     @pl.when(warpgroup >= count)
@@ -300,7 +300,7 @@ def copy(
 
 
 def _copy_tail(shape: Shape, to: Callable[..., None], token, end, place: Callable[[Any], Any], ready) -> None:
-    """Copies a tile, from a token on, as far as there are tokens: no box more. It arrives as often as all would."""
+    """Copies a tile, from a token on, as far as there are tokens: no box more. It arrives as often as any such tile."""
     boxes = lax.div(end - token + BOX - 1, BOX)
 
     def copy(first, stop, size: int):
@@ -321,7 +321,7 @@ def _copy_tail(shape: Shape, to: Callable[..., None], token, end, place: Callabl
     if shape.boxes_at_once > 1:
         copy(several * shape.boxes_at_once, boxes, BOX)
         left = several + boxes - several * shape.boxes_at_once
-    lax.fori_loop(left * shape.arrivals(BOX), shape.tile_tokens // BOX * shape.arrivals(BOX), arrive, None)
+    lax.fori_loop(left * shape.arrivals(BOX), shape.tail_arrivals, arrive, None)
 
 
 def _copy(shape: Shape, ref, base, column, head, smem, together, token, box, size: int, ready) -> None:

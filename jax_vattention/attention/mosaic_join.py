@@ -26,11 +26,9 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_vattention.attention.decode_split import ARRIVED, OWNED_UNITS, OWNER, QUERY, SharedPair, out_row
-from jax_vattention.attention.mosaic_products import issue
 from jax_vattention.attention.mosaic_view import BOX, THREADS
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
-_FENCE = "fence.acq_rel.gpu;"
 _WIDTH = 4
 """Columns that a thread reads at once: 16 bytes."""
 _AT_ONCE = 8
@@ -59,9 +57,9 @@ def arrive(streams, flags, pairs: tuple[SharedPair, ...]) -> tuple[jax.Array, ..
         counters = [mgpu.memref_slice(streams, (row, ARRIVED)) for row in rows]
         mgpu.warpgroup_barrier()  # behind what all threads have written
         with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
-            issue(_FENCE)
+            _fence("release")
             numbers = [_count(*each) for each in zip(counters, counts, strict=True)]
-            issue(_FENCE)
+            _fence("acquire")
             for at, (counter, size, number) in enumerate(zip(counters, counts, numbers, strict=True)):
                 last = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(number, mgpu.c(1, i32)), size)
                 memref.store(arith.extui(i32, last), flags, [mgpu.c(at, index)])
@@ -72,6 +70,11 @@ def arrive(streams, flags, pairs: tuple[SharedPair, ...]) -> tuple[jax.Array, ..
         return tuple(mgpu.FragmentedArray.splat(each, (), is_signed=True) for each in lasts)
 
     return count(streams, flags, *arguments)
+
+
+def _fence(ordering: str) -> None:
+    """Of all memory of the GPU. Half of one, if there is such an instruction: that to acquire waits for nothing."""
+    llvm.fence(getattr(llvm.AtomicOrdering, ordering), syncscope="device")
 
 
 def _count(counter, of: ir.Value) -> Any:

@@ -110,7 +110,7 @@ def run(
     queries, query_rows = (q, first) if decode.reads_queries else (q[first], None)
     split = decode_split.split(
         decodes, view, one, tokens=batch.num_requests, sets=decode.sets, streams=decode.streams,
-        query_rows=query_rows, out_rows=first, interpret=interpret_tables,
+        room=decode.room(batch.num_requests), query_rows=query_rows, out_rows=first, interpret=interpret_tables,
     )  # fmt: skip
     sinks = () if features.sinks is None else (features.sinks,)
     columns = Columns.of(view, interpreted=prefill.interpreted)
@@ -197,7 +197,8 @@ def _mixed(
     warpgroup = lax.axis_index("warpgroup")
     layer = layer_ref[0] * prefill.layer_stride
     computing = mosaic_prefill.Work.of(tiles, counts[0], prefill)
-    reading = decode_split.Work(requests, streams, computing.block, decode.together)
+    room = decode.room(requests.shape[0])
+    reading = decode_split.Work(requests, streams, computing.block, decode.together, room)
     decodes = computing.block < decode.tiling.blocks
 
     there_is_time = _there_is_time(counts[2], streams[0, decode_split.NUM_UNITS], prefill)

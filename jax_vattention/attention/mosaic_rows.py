@@ -135,12 +135,22 @@ class Rows(Computing):
             self.queries[buffer] = plgpu.layout_cast(nothing, plgpu.Layout.WGMMA)
         plgpu.commit_smem()
 
-    def begin(self, piece: Piece) -> tuple[Any, Any]:
+    def scale_from(self, first) -> Any:
+        """See `Computing`."""
+        shape, scales = self.shape, self.refs.scales
+        if shape.together == 1:
+            return scales[first]
+        layout = plgpu.Layout.WGMMA.reduce(1)
+        head = lax.div(lax.rem(shape.row_of(iota((ROWS,), 0, layout)), shape.set_heads), shape.group)
+        found = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout)
+        for number in range(shape.together):
+            found = jnp.where(head == number, scales[first + number], found)
+        return found
+
+    def begin(self, piece: Piece, k_scale) -> tuple[Any, Any]:
         """See `Computing`."""
         shape = self.shape
-        q, scale = super().begin(piece)
-        if shape.quantized:
-            scale = scale * _of_rows(shape, self.refs.scales, self.refs.first_scale + piece.head)
+        q, scale = super().begin(piece, k_scale)
         if self.query_parts is None:
             return q, scale
         return self.query_parts, scale * float8_queries.split(q, self.query_parts, interpreted=shape.interpreted)
@@ -226,11 +236,8 @@ class Rows(Computing):
         """See `Computing`."""
         return state.total.sum(axis=1)
 
-    def result(self, piece: Piece, acc: Parts, factor: jax.Array) -> Parts:
+    def result(self, acc: Parts, factor: jax.Array) -> Parts:
         """See `Computing`."""
-        if self.shape.quantized:
-            first = self.refs.first_scale + self.shape.num_kv_heads + piece.head
-            factor *= _of_rows(self.shape, self.refs.scales, first)
         return tuple(self.times(part, factor) for part in acc)
 
     def write(self, result: Parts, ref, token, head, low, high, group: int, rows) -> None:
@@ -251,18 +258,6 @@ class Rows(Computing):
     def write_lse(self, segment, lse: jax.Array) -> None:
         """See `Computing`."""
         self.refs.lse[segment] = lse
-
-
-def _of_rows(shape: Shape, scales, first) -> jax.Array:
-    """The scale of each row's KV head: `[ROWS]`, or one number; `first` is where that of the first head of a set is."""
-    if shape.together == 1:
-        return scales[first]
-    layout = plgpu.Layout.WGMMA.reduce(1)
-    head = lax.div(lax.rem(shape.row_of(iota((ROWS,), 0, layout)), shape.set_heads), shape.group)
-    found = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout)
-    for number in range(shape.together):
-        found = jnp.where(head == number, scales[first + number], found)
-    return found
 
 
 def _add_eights(shape: Shape, qk: jax.Array) -> jax.Array:

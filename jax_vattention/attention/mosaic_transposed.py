@@ -110,37 +110,58 @@ def add_second_eights(array: jax.Array, factor: float, *, interpreted: bool) -> 
     return add(array)
 
 
-def widened(tile, *, interpreted: bool) -> tuple[jax.Array, ...]:
+def widened(tile, first: Any, end: Any, *, interpreted: bool) -> tuple[jax.Array, ...]:
     """Columns of a float8 matrix in shared memory as rows of float16 ones, of 64 each, left operands of products.
 
     A thread has four columns that follow each other as its rows, two of one part and two of the next: it reads them at
     once. Which rows these are only `store_columns` has to know.
+
+    Args:
+      first, end: rows before and behind these are 0; if they are not None.
     """
     keys, columns = tile.shape
     if interpreted:
         wide = tile[...].astype(jnp.float16).T
+        key = jnp.arange(keys)
+        for limit, inside in ((first, lambda: key >= first), (end, lambda: key < end)):
+            wide = wide if limit is None else jnp.where(inside(), wide, 0)
         return tuple(wide[row : row + ROWS] for row in range(0, columns, ROWS))
     of = plgpu.ShapeDtypeStruct((ROWS, keys), jnp.float16, _WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(operand(tile),), return_type=(of,) * (columns // ROWS))
-    def widen(_, tile):
+    at_least, below = arith.CmpIPredicate.sge, arith.CmpIPredicate.slt
+    limits = {how: limit for how, limit in ((at_least, first), (below, end)) if limit is not None}
+
+    @plgpu.inline_mgpu(arg_types=(operand(tile), *(_SCALAR for _ in limits)), return_type=(of,) * (columns // ROWS))
+    def widen(_, tile, *bounds):
         i32 = ir.IntegerType.get_signless(32)
         warp, lane = warp_and_lane(i32)
         # A thread has two keys of each eight, and four bytes of a line of each.
         key, byte = arith.remui(lane, mgpu.c(_LANES, i32)), arith.divui(lane, mgpu.c(_LANES, i32))
         key = arith.muli(key, mgpu.c(2, i32))
         byte = arith.addi(arith.muli(byte, mgpu.c(_FOUR, i32)), arith.muli(warp, mgpu.c(LINE // WARPS, i32)))
-        one, other = (address(tile, each, byte) for each in (key, arith.addi(key, mgpu.c(1, i32))))
+        two = key, arith.addi(key, mgpu.c(1, i32))
+        places = [address(tile, each, byte) for each in two]
+        numbers = [each.registers.item() for each in bounds]
+
+        def word(place: ir.Value, key: ir.Value, eight: int, line: int) -> ir.Value:
+            """Four numbers of a key, or 0 for them."""
+            asm = f"ld.shared.b32 $0, [$1 + {(eight * lines + line) * BOX * LINE}];"
+            (found,) = assembled(asm, "=r,r", place, results=1)
+            key = arith.addi(key, mgpu.c(eight * BOX, i32))
+            for how, bound in zip(limits, numbers, strict=True):
+                found = arith.select(arith.cmpi(how, key, bound), found, mgpu.c(0, i32))
+            return found
+
         layout, lines = fragments.WGMMA_LAYOUT, columns // LINE
         parts = [np.empty(layout.registers_shape((ROWS, keys)), dtype=object) for _ in range(columns // ROWS)]
-        for line, eight in np.ndindex(lines, keys // BOX):
-            pairs = _widen(one, other, (eight * lines + line) * BOX * LINE)
+        for eight, line in np.ndindex(keys // BOX, lines):
+            pairs = _widen(*(word(*each, eight, line) for each in zip(places, two, strict=True)))
             for i, pair in enumerate(pairs):
                 part = parts[2 * line + i // 2]
                 part[(0, eight, 0, 0, i % 2, *(0,) * (part.ndim - 5))] = pair
         return tuple(mgpu.FragmentedArray(_registers=part, _layout=layout, _is_signed=None) for part in parts)
 
-    return widen(tile)
+    return widen(tile, *limits.values())
 
 
 def address(tile, row: ir.Value, byte: ir.Value) -> ir.Value:
@@ -153,19 +174,17 @@ def address(tile, row: ir.Value, byte: ir.Value) -> ir.Value:
     return arith.addi(llvm.ptrtoint(i32, mgpu.utils.memref_ptr(tile)), offset)
 
 
-def _widen(first: ir.Value, second: ir.Value, offset: int) -> list[ir.Value]:
-    """Four pairs of float16: of four float8 numbers so many bytes behind each of two places, those of one column."""
-    asm = f"""{{ .reg .b32 a, b, c; .reg .b16 l, h;
-        ld.shared.b32 a, [$4 + {offset}];
-        ld.shared.b32 b, [$5 + {offset}];
-        prmt.b32 c, a, b, 0x5140;
-        mov.b32 {{l, h}}, c;
+def _widen(first: ir.Value, second: ir.Value) -> list[ir.Value]:
+    """Four pairs of float16: of four float8 numbers of one key and of another, those of one column."""
+    asm = """{ .reg .b32 c; .reg .b16 l, h;
+        prmt.b32 c, $4, $5, 0x5140;
+        mov.b32 {l, h}, c;
         cvt.rn.f16x2.e4m3x2 $0, l;
         cvt.rn.f16x2.e4m3x2 $1, h;
-        prmt.b32 c, a, b, 0x7362;
-        mov.b32 {{l, h}}, c;
+        prmt.b32 c, $4, $5, 0x7362;
+        mov.b32 {l, h}, c;
         cvt.rn.f16x2.e4m3x2 $2, l;
-        cvt.rn.f16x2.e4m3x2 $3, h; }}"""
+        cvt.rn.f16x2.e4m3x2 $3, h; }"""
     words = assembled(asm, "=r,=r,=r,=r,r,r", first, second, results=4)
     return [as_pair(word, ir.F16Type.get()) for word in words]
 
