@@ -64,10 +64,10 @@ class Split:
     streams: jax.Array
     """int32 `[streams, 17]`: first pair, first key of it, units from there on, pairs, the units of all requests of one
     set (both with the room of pairs), and what `requests` says of the first pair's: to begin, a stream reads one row.
-    Then the first and the last stream that have
-    keys of the first pair, the last one that has keys of its last pair, and 0: in a kernel it is the number of streams
-    that are done with the pair whose first stream this is, if it has others; the last of them sets it to 0 again. Then
-    0 once more: in a kernel the first row says how far all streams together are (see `mosaic_pace`)."""
+    Then the first and the last stream that have keys of the first pair, the last one that has keys of its last pair,
+    and 0: in a kernel it is the number of streams that are done with the pair whose first stream this is, if it has
+    others; the last of them sets it to 0 again. Then 0 once more: in a kernel the first row says how far all streams
+    together are (see `mosaic_pace`)."""
     owners: jax.Array
     """int32 `[tokens, 4]`: the request whose query a token is, or -1; which of its queries; units of one set before
     that request; and its own units."""

@@ -56,7 +56,8 @@ def refusal(q: jax.Array, view: LayerView, batch: RaggedBatch, features: Feature
         (view.k.dtype not in (q.dtype, jnp.float8_e4m3fn), f"{q.dtype} queries of a {view.k.dtype} cache"),
         (head_dim not in (64, 96, 128, 192, 256), f"head_dim {head_dim}"),
         (group * batch.max_q_len > ROWS, f"{batch.max_q_len} queries of {group} query heads for a KV head"),
-        (slots * slot_tokens // GRAIN * view.num_kv_heads >= 2**31, f"{slots} slots of {slot_tokens} tokens"),
+        # With the room of pairs its units are more.
+        (slots * slot_tokens // GRAIN * view.num_kv_heads >= 2**30, f"{slots} slots of {slot_tokens} tokens"),
     ):
         if refused:
             return what
