@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 # Queries are columns of products.
 COLUMNS = [
     ([130, 1, 64, 63, 300], {"keys_as_rows": True, "blocks": 1, "head_dim": 128, "block_k": 128, "paged": True}),
-    ([0, 33, 0, 600, 0, 5], {"keys_as_rows": True, "blocks": 3, "streams": 2, "room": 4}),
+    ([0, 55, 0, 600, 0, 5], {"keys_as_rows": True, "blocks": 3, "streams": 2, "room": 4}),
     ([257, 64], {"keys_as_rows": True, "layout": "layer_major", "group": 8, "dtype": "float16", "head_dim": 192}),
     ([60, 200], {"keys_as_rows": True, "group": 12, "kv_heads": 1, "soft_cap": 2.0, "sinks": True, "block_k": 128}),
     ([300, 40, 101, 0], {"keys_as_rows": True, "window": 100, "block_k": 128}),
@@ -46,7 +46,7 @@ COLUMNS = [
     ([220, 33], {"keys_as_rows": True, "queries": [4, 1], "window": 50, "behind": 1}),
     # V is widened in registers; of some last tiles a half is computed.
     (
-        [0, 33, 0, 600, 64, 65],
+        [0, 119, 0, 600, 64, 65],
         {"keys_as_rows": True, "head_dim": 128, "dtype": "float8_e4m3fn", "block_k": 128, "room": 3},
     ),
     (
