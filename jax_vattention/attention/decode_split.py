@@ -177,17 +177,17 @@ def _schedule_kernel(
     last_unit = end - 1
     if room:  # the room of a pair alone, behind its keys or before them, is nothing to begin or to end with
         _, start, size = pair_of(low)
-        low = jnp.where(low >= start + size, start + size + room - lead, jnp.maximum(low, start))
-        _, start, size = pair_of(last_unit)
-        last_unit = jnp.where(last_unit < start, start - room - 1, jnp.minimum(last_unit, start + size - 1))
+        low = jnp.where(low >= start + size, start + size + room - lead, low)
+        _, start, _ = pair_of(last_unit)
+        last_unit = jnp.where(last_unit < start, start - lead - 1, last_unit)
     (first, start, size), (last, last_start, last_size) = pair_of(low), pair_of(last_unit)
     low = jnp.maximum(low, start)
-    key = picked(rows[None, :] == (first % count)[:, None], first_unit_key(lower)) + (low - start) * GRAIN
+    first_request = rows[None, :] == (first % count)[:, None]
+    key = picked(first_request, first_unit_key(lower)) + (low - start) * GRAIN
     pairs = jnp.where(low <= last_unit, last - first + 1, 0)
     own = jnp.where(low <= last_unit, end - low, 0)
     first_streams, last_to = (stream_of(start), stream_of(start + size - 1)), stream_of(last_start + last_size - 1)
     all_units = jnp.broadcast_to(total, line.shape)
-    first_request = rows[None, :] == (first % count)[:, None]
     of_first = (picked(first_request, values) for values in of_requests)
     counters = jnp.zeros_like(line), jnp.zeros_like(line)
     for column, values in enumerate((first, key, own, pairs, all_units, *of_first, *first_streams, last_to, *counters)):

@@ -61,10 +61,6 @@ class Columns(Computing):
     def prepare(self) -> None:
         """Nothing: there are no columns but those of the query tile, all of which is copied."""
 
-    def scale_from(self, first) -> Any:
-        """See `Computing`."""
-        return self.refs.scales[first]
-
     def begin(self, piece: Piece, k_scale) -> tuple[Any, Any]:
         """See `Computing`."""
         shape = self.shape
@@ -151,10 +147,6 @@ class Columns(Computing):
         if self.shape.interpreted:
             return of_jax(jnp.concatenate([begin[None], array]), axis=0)
         return mosaic_transposed.across(combine, begin, array, self.partial)
-
-    def result(self, acc: Parts, factor: jax.Array) -> Parts:
-        """See `Computing`."""
-        return tuple(self.times(part, factor) for part in acc)
 
     def write(self, result: Parts, ref, token, head, low, high, group: int, rows) -> None:
         """See `Computing`."""

@@ -92,9 +92,9 @@ class Computing(abc.ABC):
     def prepare(self) -> None:
         """Before all pieces."""
 
-    @abc.abstractmethod
     def scale_from(self, first) -> Any:
         """Of the heads of a set, for each query or for all; `first` is where that of the first head is."""
+        return self.refs.scales[first]
 
     def begin(self, piece: Piece, k_scale) -> tuple[Any, Any]:
         """For a piece whose queries are there: the operand of scores, and what these are to be multiplied by."""
@@ -125,10 +125,6 @@ class Computing(abc.ABC):
     @abc.abstractmethod
     def total(self, state: State) -> jax.Array:
         """Of each query."""
-
-    @abc.abstractmethod
-    def result(self, acc: Parts, factor: jax.Array) -> Parts:
-        """`acc` times a factor for each query."""
 
     @abc.abstractmethod
     def write(self, result: Parts, ref, token, head, low, high, group: int, rows) -> None:
@@ -233,7 +229,8 @@ class Computing(abc.ABC):
         """Writes what was found for a piece to where it belongs."""
         shape, refs = self.shape, self.refs
         divisor = total if shape.all_see_keys else jnp.where(total == 0, jnp.ones_like(total), total)
-        result = self.result(acc, 1 / divisor * v_scale)
+        factor = 1 / divisor * v_scale
+        result = tuple(self.times(part, factor) for part in acc)
         is_final = piece.is_whole if shape.direct else False
 
         @pl.when(is_final)

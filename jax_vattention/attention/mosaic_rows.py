@@ -137,14 +137,14 @@ class Rows(Computing):
 
     def scale_from(self, first) -> Any:
         """See `Computing`."""
-        shape, scales = self.shape, self.refs.scales
+        shape = self.shape
         if shape.together == 1:
-            return scales[first]
+            return super().scale_from(first)
         layout = plgpu.Layout.WGMMA.reduce(1)
         head = lax.div(lax.rem(shape.row_of(iota((ROWS,), 0, layout)), shape.set_heads), shape.group)
         found = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), layout)
         for number in range(shape.together):
-            found = jnp.where(head == number, scales[first + number], found)
+            found = jnp.where(head == number, self.refs.scales[first + number], found)
         return found
 
     def begin(self, piece: Piece, k_scale) -> tuple[Any, Any]:
@@ -235,10 +235,6 @@ class Rows(Computing):
     def total(self, state: State) -> jax.Array:
         """See `Computing`."""
         return state.total.sum(axis=1)
-
-    def result(self, acc: Parts, factor: jax.Array) -> Parts:
-        """See `Computing`."""
-        return tuple(self.times(part, factor) for part in acc)
 
     def write(self, result: Parts, ref, token, head, low, high, group: int, rows) -> None:
         """See `Computing`."""

@@ -122,9 +122,10 @@ def widened(tile, first: Any, end: Any, *, interpreted: bool) -> tuple[jax.Array
     keys, columns = tile.shape
     if interpreted:
         wide = tile[...].astype(jnp.float16).T
-        key = jnp.arange(keys)
-        for limit, inside in ((first, lambda: key >= first), (end, lambda: key < end)):
-            wide = wide if limit is None else jnp.where(inside(), wide, 0)
+        if first is not None:
+            wide = jnp.where(jnp.arange(keys) >= first, wide, 0)
+        if end is not None:
+            wide = jnp.where(jnp.arange(keys) < end, wide, 0)
         return tuple(wide[row : row + ROWS] for row in range(0, columns, ROWS))
     of = plgpu.ShapeDtypeStruct((ROWS, keys), jnp.float16, _WGMMA)
 
