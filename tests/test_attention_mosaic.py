@@ -477,11 +477,10 @@ def test_a_prefill_takes_its_time_where_decodes_take_longer(chunk, offset, expec
     view = view_without_contents(decodes + 1, 32768, heads=8)
     batch = RaggedBatch(rows, starts, q_lens, kv_lens, max_q_len=chunk)
     q = jnp.zeros((chunk + decodes, heads, 8))
-    alone, first, chunks = mosaic_mixed.parted(q, batch)
     sizes = prefill_split.Sizes(q.shape[0], q.shape[0], 128, tiling.block_k)
-    counts = prefill_split.schedule(chunks, view, Features(), sizes, others=alone.q_lens, interpret=True).counts
+    counts = prefill_split.schedule(batch, view, Features(), sizes, apart=True, interpret=True).counts
     split = decode_split.split(
-        alone, view, Features(), tokens=decodes + 1, sets=8, streams=tiling.blocks, out_rows=first, interpret=True
+        batch, view, Features(), tokens=decodes + 1, sets=8, streams=tiling.blocks, apart=q.shape[0], interpret=True
     )
     shape = types.SimpleNamespace(num_q_heads=heads, tiling=tiling)
     assert mosaic_mixed._there_is_time(counts[2], split.streams[0, decode_split.NUM_UNITS], shape) == expected

@@ -90,7 +90,7 @@ def compiled(target, program, spec, max_q_len):
 def gpu_kernels(each):
     """Kernels of attention, and not the small ones that share out and join its work."""
     calls = [rest for *_, opcode, rest in instructions(each) if opcode == "custom-call"]
-    whats = ("decode_combine", "decode_schedule", "prefill_schedule")
+    whats = ("decode_combine", "decode_schedule", "prefill_schedule", "prefill_order")
     small = tuple(f'name = "attention_{what}"' for what in whats)
     return [
         rest

@@ -31,17 +31,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 RUN, SLOT_TOKENS, SLOTS, TOKENS, SETS, GROUP, DIM = 16, 2048, 6, 8, 2, 3, 8
 
 
-@functools.partial(jax.jit, static_argnames=("sets", "streams", "room"))
-def _split(batch, view, *, sets, streams, room):
+@functools.partial(jax.jit, static_argnames=("sets", "streams", "room", "apart", "queries_apart"))
+def _split(batch, view, *, sets, streams, room, **apart):
     tokens = max(TOKENS, batch.num_requests)
     table = decode_split.split(
-        batch, view, Features(), tokens=tokens, sets=sets, streams=streams, room=room, interpret=True
+        batch, view, Features(), tokens=tokens, sets=sets, streams=streams, room=room, interpret=True, **apart
     )
     return table.requests, table.streams, table.owners
 
 
-def split(batch, view, *, streams, sets=SETS, room=0):
-    return decode_split.Split(*_split(batch, view, sets=sets, streams=streams, room=room))
+def split(batch, view, *, streams, sets=SETS, room=0, **apart):
+    return decode_split.Split(*_split(batch, view, sets=sets, streams=streams, room=room, **apart))
 
 
 @functools.partial(jax.jit, static_argnames=("whole_are_there", "fill"))
@@ -184,6 +184,28 @@ def test_pairs_of_one_length_are_split_without_a_rest(requests, sets, streams_of
     found = list(pieces(split(batch, view, sets=sets, streams=128), [(0, length)] * requests))
     assert len(found) == max(128, requests * sets)
     assert {stop - first for *_, first, stop in found} == {length / max(streams_of_a_pair, 1)}
+
+
+@settings(max_examples=20, deadline=None)
+@given(batches(), st.booleans(), st.sampled_from([0, 7]))
+def test_requests_of_one_query_alone_are_a_decode_whose_results_are_elsewhere(requests, queries_apart, room):
+    batch, view = make(requests)
+    found = split(batch, view, streams=5, room=room, apart=3, queries_apart=queries_apart)
+    decodes = RaggedBatch.decode(batch.slots, batch.kv_lens, batch.q_lens == 1)
+    alone = split(decodes, view, streams=5, room=room)
+    out = np.minimum(np.asarray(batch.q_starts), 2)  # of three tokens
+    expected = np.array(alone.requests)
+    expected[:, decode_split.OUT] = out
+    if queries_apart:
+        expected[:, decode_split.TOKEN] = out
+    np.testing.assert_array_equal(np.asarray(found.requests)[:, :7], expected[:, :7])
+    np.testing.assert_array_equal(found.owners, alone.owners)
+    rows = np.array(alone.streams)
+    own = rows[:, NUM_PAIRS] > 0  # the others do not look at what they begin with
+    of_request = slice(FIRST_REQUEST, FIRST_REQUEST + 7)
+    rows[own, of_request] = expected[rows[own, FIRST_PAIR] % len(requests), :7]
+    np.testing.assert_array_equal(np.asarray(found.streams)[own], rows[own])
+    assert not np.asarray(found.streams)[~own, NUM_PAIRS].any()
 
 
 def test_slots_that_do_not_exist_are_cut_to_those_that_do():

@@ -24,16 +24,17 @@ def up(number, of):
     return -(-number // of)
 
 
-def model(requests, sizes, *, window, mapped):
+def model(requests, sizes, *, window, mapped, apart):
     """`(tiles, gaps)`: rows of the tables that are used.
 
     Args:
-      requests: of each `(slot, start, queries, keys, prefix, queries of others)`.
+      requests: of each `(slot, start, queries, keys, prefix)`.
     """
     tiles, gaps, stop = [], [], 0
-    for slot, start, q_len, kv_len, prefix, others in requests:
+    for slot, start, q_len, kv_len, prefix in requests:
+        others = 1 if apart and q_len == 1 else 0
         first = 0 if window is None else up(mapped[slot], RUN) * RUN
-        own = q_len if kv_len > first else 0
+        own = q_len - others if kv_len > first else 0
         gaps.append((stop, max(start - stop, 0)))
         stop = max(stop, start + own + others)
         for begin_token in range(start // BOX * BOX, start + own, sizes.block_q) if own else ():
@@ -55,33 +56,29 @@ def batches(draw):
     requests, at = [], 0
     for _ in range(4):  # always as many, and as many tokens: no example compiles again
         at += draw(st.sampled_from([0, 0, 1, 7, 40]))
-        q_len = draw(st.sampled_from([0, 1, 5, 63, 128, 129, 300]))
+        q_len = draw(st.sampled_from([0, 1, 1, 5, 63, 128, 129, 300]))
         kv_len = q_len + draw(st.sampled_from([0, 1, 100, 1000]))
         prefix = draw(st.integers(0, kv_len))
-        is_other = draw(st.booleans())  # and so none of this schedule's
-        requests.append((draw(st.integers(0, SLOTS - 1)), at, 0 if is_other else q_len, kv_len, prefix,
-                         q_len if is_other else 0))  # fmt: skip
+        requests.append((draw(st.integers(0, SLOTS - 1)), at, q_len, kv_len, prefix))
         at += q_len
     return requests, max(at, draw(st.sampled_from([1360, 1400])))
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _schedule(batch, view, features, sizes, others):
-    return prefill_split.schedule(batch, view, features, sizes, others=others, interpret=True)
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _schedule(batch, view, features, sizes, apart):
+    return prefill_split.schedule(batch, view, features, sizes, apart=apart, interpret=True)
 
 
-def check(requests, tokens, *, block_q=128, block_k=64, window=None, mapped=(0,) * SLOTS, prefixes=True):
+def check(requests, tokens, *, apart=False, block_q=128, block_k=64, window=None, mapped=(0,) * SLOTS, prefixes=True):
     if not prefixes:
-        requests = [(*each[:4], 0, each[5]) for each in requests]
+        requests = [(*each[:4], 0) for each in requests]
     sizes = Sizes(tokens, max(up(tokens, BOX) * BOX, block_q), block_q, block_k)
-    slots, starts, q_lens, kv_lens, prefix_lens, others = (
-        jnp.asarray(each, jnp.int32) for each in zip(*requests, strict=True)
-    )
+    slots, starts, q_lens, kv_lens, prefix_lens = (jnp.asarray(each, jnp.int32) for each in zip(*requests, strict=True))
     batch = RaggedBatch(slots, starts, q_lens, kv_lens, max_q_len=300)
     view = view_without_contents(SLOTS, SLOT_TOKENS, window=window, mapped_first=mapped)
     features = Features(prefix_lens=prefix_lens if prefixes else None)
-    found = _schedule(batch, view, features, sizes, others)
-    tiles, gaps = model(requests, sizes, window=window, mapped=mapped)
+    found = _schedule(batch, view, features, sizes, apart)
+    tiles, gaps = model(requests, sizes, window=window, mapped=mapped, apart=apart)
     np.testing.assert_array_equal(found.counts, (len(tiles), len(gaps), sum(tile.blocks for tile in tiles)))
     assert len(tiles) <= len(found.tiles)
     np.testing.assert_array_equal(found.tiles[: len(tiles), : len(Tile._fields)], np.reshape(tiles, (-1, 9)))
@@ -89,9 +86,9 @@ def check(requests, tokens, *, block_q=128, block_k=64, window=None, mapped=(0,)
 
 
 @settings(max_examples=50, deadline=None)
-@given(batches(), st.sampled_from([128, 256]), st.booleans())
-def test_tiles_and_gaps_of_any_batch(batch, block_q, prefixes):
-    check(*batch, block_q=block_q, prefixes=prefixes)
+@given(batches(), st.sampled_from([128, 256]), st.booleans(), st.booleans())
+def test_tiles_and_gaps_of_any_batch(batch, block_q, prefixes, apart):
+    check(*batch, block_q=block_q, prefixes=prefixes, apart=apart)
 
 
 @settings(max_examples=50, deadline=None)
@@ -102,11 +99,11 @@ def test_keys_behind_a_window_or_not_mapped_are_not_in_a_tile(batch, window, map
 
 @pytest.mark.parametrize(("requests", "tokens"), [(300, 1), (1, 9000), (70, 130)])
 def test_more_lines_than_a_program_takes(requests, tokens):
-    check([(i % SLOTS, i * tokens, tokens, tokens + i, 0, 0) for i in range(requests)], requests * tokens)
+    check([(i % SLOTS, i * tokens, tokens, tokens + i, 0) for i in range(requests)], requests * tokens)
 
 
 def test_slots_that_do_not_exist_are_cut_to_those_that_do():
-    requests = [(SLOTS + 3, 0, 5, 5, 0, 0)]
+    requests = [(SLOTS + 3, 0, 5, 5, 0)]
     sizes = Sizes(5, 128, 128, 64)
     batch = RaggedBatch(*(jnp.asarray([each], jnp.int32) for each in requests[0][:4]), max_q_len=5)
     view = view_without_contents(SLOTS, SLOT_TOKENS)

@@ -30,8 +30,9 @@ _LOG2_E = math.log2(math.e)
 
 GRAIN = 16
 """Keys of a unit: a part ends at a whole number of them, or at the end of a request."""
-_SEARCHED_ELEMENTS = 2048
-"""Comparisons that a program of `_schedule_kernel` makes for each of its columns."""
+_SEARCHED_ELEMENTS, _MOST_LINES = 256, 8
+"""Comparisons that a program of `_schedule_kernel`, a warp, makes for each of its columns, and its rows at most: many
+small programs are done sooner than a few."""
 _JOINED_ELEMENTS, _MOST_SEGMENTS = 4096, 32
 """Of partial results that a program of `_join_kernel` reads at first: no more, unless columns are `_LEAST_COLUMNS`."""
 _LEAST_COLUMNS = 16
@@ -87,8 +88,8 @@ def split(
     sets: int,
     streams: int,
     room: int = 0,
-    query_rows: jax.Array | None = None,
-    out_rows: jax.Array | None = None,
+    apart: int | None = None,
+    queries_apart: bool = False,
     interpret: bool,
 ) -> Split:
     """Shares the keys of a batch out over some streams.
@@ -98,14 +99,22 @@ def split(
       sets: of KV heads.
       streams: how many.
       room: of each pair, in units of keys that are read in the time that it takes to begin and to end a pair.
-      query_rows, out_rows: int32 `[requests]`: where the queries and the result of each request begin, if that is not
-        its `q_starts`.
+      apart: only requests of one query have keys here, and each is a token of its own. Their results belong to an array
+        of so many tokens, where `q_starts` says.
+      queries_apart: and so do their queries.
     """
     slot_tokens = view.slot_tokens
-    chunk = max(1, _SEARCHED_ELEMENTS // pl.next_power_of_2(batch.num_requests))
+    chunk = max(1, min(_MOST_LINES, _SEARCHED_ELEMENTS // pl.next_power_of_2(batch.num_requests)))
     requests, table, owners = pl.pallas_call(
         functools.partial(
-            _schedule_kernel, chunk=chunk, sets=sets, slot_tokens=slot_tokens, room=room, window=view.window
+            _schedule_kernel,
+            chunk=chunk,
+            sets=sets,
+            slot_tokens=slot_tokens,
+            room=room,
+            window=view.window,
+            apart=apart,
+            queries_apart=queries_apart,
         ),
         out_shape=[
             jax.ShapeDtypeStruct((batch.num_requests, 8), jnp.int32),
@@ -113,16 +122,16 @@ def split(
             jax.ShapeDtypeStruct((tokens, 4), jnp.int32),
         ],
         grid=(pl.cdiv(max(streams, tokens), chunk),),
-        compiler_params=triton.CompilerParams(num_warps=4),
+        compiler_params=triton.CompilerParams(num_warps=1),
         interpret=interpret,
         name="attention_decode_schedule",
-    )(batch.slots, batch.q_starts, batch.q_lens, batch.kv_lens, view.mapped, features.prefix_lens, query_rows, out_rows)
+    )(batch.slots, batch.q_starts, batch.q_lens, batch.kv_lens, view.mapped, features.prefix_lens)
     return Split(requests, table, owners)
 
 
 def _schedule_kernel(
-    slots, q_starts, q_lens, kv_lens, mapped, prefix_lens, query_rows, out_rows, requests, streams, owners, *,
-    chunk: int, sets: int, slot_tokens: int, room: int, window: int | None,
+    slots, q_starts, q_lens, kv_lens, mapped, prefix_lens, requests, streams, owners, *,
+    chunk: int, sets: int, slot_tokens: int, room: int, window: int | None, apart: int | None, queries_apart: bool,
 ):  # fmt: skip
     """Each program makes `chunk` rows of the tables. Fused by XLA the same takes about twenty launches."""
     count = slots.shape[0]
@@ -134,6 +143,11 @@ def _schedule_kernel(
         return triton.load(ref.at[rows], mask=there, other=other)
 
     queries, starts = read(q_lens), read(q_starts)
+    token = out = starts
+    if apart is not None:
+        out = jnp.clip(starts, 0, apart - 1)
+        queries, starts = jnp.where(queries == 1, 1, 0), rows
+        token = out if queries_apart else starts
     slot = jnp.clip(read(slots), 0, mapped.shape[1] - 1)
     lengths = jnp.where(queries > 0, read(kv_lens), 0)
     lower = jnp.zeros_like(lengths)
@@ -147,7 +161,6 @@ def _schedule_kernel(
     total = jnp.sum(spans)
 
     prefix = jnp.zeros_like(lengths) if prefix_lens is None else read(prefix_lens)
-    token, out = (starts if each is None else read(each) for each in (query_rows, out_rows))
     of_requests = (token, slot * slot_tokens, queries, lengths, lower, prefix, out)
 
     @pl.when(pl.program_id(0) == 0)

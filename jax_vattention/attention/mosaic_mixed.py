@@ -97,20 +97,21 @@ def run(
         decode_tiling = tuned(default_decode_tiling(q.shape[2], view.k.dtype), "mosaic_mixed_decode", view)
     blocks = min(decode_tiling.blocks, tiling.blocks)
     decode_tiling = dataclasses.replace(decode_tiling, blocks=blocks, streams=1, together=1, keys_as_rows=True)
-    decodes, first, chunks = parted(q, batch)
+    decodes, first, _ = parted(q, batch)
     one = dataclasses.replace(features, prefix_lens=None)  # which change nothing for a request's last token
     decode = decode_shape.Shape.of(
         q, view, decodes, one, scale=scale, tiling=decode_tiling, narrow_products=True, interpret=interpret
     )
     prefill = mosaic_prefill.shape_of(q, view, features, scale=scale, tiling=tiling, interpret=interpret)
     schedule = prefill_split.schedule(
-        chunks, view, features, prefill.split_sizes(q.shape[0]), others=decodes.q_lens, interpret=interpret_tables
+        batch, view, features, prefill.split_sizes(q.shape[0]), apart=True, interpret=interpret_tables
     )
     # A row for each request is gathered only where it has to be padded anyway.
-    queries, query_rows = (q, first) if decode.reads_queries else (q[first], None)
+    queries = q if decode.reads_queries else q[first]
     split = decode_split.split(
-        decodes, view, one, tokens=batch.num_requests, sets=decode.sets, streams=decode.streams,
-        room=decode.room(batch.num_requests), query_rows=query_rows, out_rows=first, interpret=interpret_tables,
+        batch, view, one, tokens=batch.num_requests, sets=decode.sets, streams=decode.streams,
+        room=decode.room(batch.num_requests), apart=q.shape[0], queries_apart=decode.reads_queries,
+        interpret=interpret_tables,
     )  # fmt: skip
     sinks = () if features.sinks is None else (features.sinks,)
     columns = Columns.of(view, interpreted=prefill.interpreted)

@@ -28,6 +28,8 @@ _BOX = 8
 """Tiles of queries begin with a multiple of it."""
 _ELEMENTS = 4096
 """Comparisons that a program makes at once."""
+_MOST_LINES = 8
+"""Of a program: what it takes for each is short, so many programs are done sooner."""
 
 
 class Schedule(NamedTuple):
@@ -66,6 +68,13 @@ class Tile(NamedTuple):
         return jnp.clip(self.low - first, 0, count), jnp.clip(self.high - first, 0, count)
 
 
+class _Gap(NamedTuple):
+    """Padding tokens between two requests, or before or behind all of them."""
+
+    first: Any
+    size: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """What does not depend on the requests."""
@@ -90,43 +99,52 @@ def schedule(
     features: Features,
     sizes: Sizes,
     *,
-    others: jax.Array | None = None,
+    apart: bool = False,
     interpret: bool = False,
 ) -> Schedule:
-    """Tiles of queries of all requests, and what lies between these. One launch, where XLA would make a dozen.
+    """Tiles of queries of all requests, and what lies between these. Two launches, where XLA would make a dozen: the
+    first finds all of them, the second puts them in their order.
 
     Args:
-      others: int32 `[requests]`: queries of each request that are not in `batch`, and whose results others write.
+      apart: requests of one query have no tiles, and their results are written elsewhere.
     """
     requests, most = batch.num_requests, sizes.most_tiles(batch.num_requests)
     lines = max(most, requests + 1)
-    searched = pl.next_power_of_2(requests)
-    at_once = min(pl.next_power_of_2(lines), max(8, min(512, _ELEMENTS // searched)))
-    chunk = max(8, _ELEMENTS // max(at_once, searched))
-    kernel = functools.partial(
-        _schedule_kernel, sizes=sizes, slot_tokens=view.slot_tokens, window=view.window, chunk=chunk, at_once=at_once
+    chunk = max(1, min(_MOST_LINES, _ELEMENTS // pl.next_power_of_2(requests)))
+    find = functools.partial(
+        _find_kernel, sizes=sizes, slot_tokens=view.slot_tokens, window=view.window, chunk=chunk, apart=apart
     )
+    found = pl.pallas_call(
+        find,
+        out_shape=jax.ShapeDtypeStruct((len(Tile._fields) + len(_Gap._fields), lines), jnp.int32),
+        grid=(pl.cdiv(lines, chunk),),
+        compiler_params=triton.CompilerParams(num_warps=4),
+        interpret=interpret,
+        name="attention_prefill_schedule",
+    )(batch.slots, batch.q_starts, batch.q_lens, batch.kv_lens, view.mapped, features.prefix_lens)
+    at_once = min(pl.next_power_of_2(lines), _ELEMENTS // _MOST_LINES)
     return Schedule(
         *pl.pallas_call(
-            kernel,
+            functools.partial(_order_kernel, at_once=at_once),
             out_shape=[
                 jax.ShapeDtypeStruct((most, FIELDS), jnp.int32),
-                jax.ShapeDtypeStruct((requests + 1, 2), jnp.int32),
+                jax.ShapeDtypeStruct((requests + 1, len(_Gap._fields)), jnp.int32),
                 jax.ShapeDtypeStruct((3,), jnp.int32),
             ],
-            grid=(pl.cdiv(lines, chunk),),
+            grid=(pl.cdiv(lines, _MOST_LINES), 3),
             compiler_params=triton.CompilerParams(num_warps=4),
             interpret=interpret,
-            name="attention_prefill_schedule",
-        )(batch.slots, batch.q_starts, batch.q_lens, batch.kv_lens, view.mapped, features.prefix_lens, others)
+            name="attention_prefill_order",
+        )(found)
     )
 
 
-def _schedule_kernel(
-    slots, q_starts, q_lens, kv_lens, mapped, prefix_lens, others, tiles, gaps, counts, *,
-    sizes: Sizes, slot_tokens: int, window: int | None, chunk: int, at_once: int,
+def _find_kernel(
+    slots, q_starts, q_lens, kv_lens, mapped, prefix_lens, found, *,
+    sizes: Sizes, slot_tokens: int, window: int | None, chunk: int, apart: bool,
 ):  # fmt: skip
-    """Each program finds the places of `chunk` rows of each table, and writes them."""
+    """Each program finds `chunk` tiles and gaps, in the order of their queries: a column of `found` is a `Tile`, and
+    then a `_Gap`. Those behind the last one have no tiles of keys, and no tokens."""
     count, block_q = slots.shape[0], sizes.block_q
     rows = jnp.arange(pl.next_power_of_2(count), dtype=jnp.int32)
     there = rows < count
@@ -144,18 +162,19 @@ def _schedule_kernel(
     def slot_of(slot):
         return jnp.clip(slot, 0, mapped.shape[1] - 1)
 
-    starts = read(q_starts)
-    queries = jnp.where(read(kv_lens) > first_key(slot_of(read(slots))), read(q_lens), 0)
+    starts, lens = read(q_starts), read(q_lens)
+    others = jnp.where(lens == 1, 1, 0) if apart else jnp.zeros_like(lens)
+    queries = jnp.where(read(kv_lens) > first_key(slot_of(read(slots))), lens - others, 0)
     # Tiles begin with a multiple of a box too.
     tiles_of = jnp.where(queries > 0, (starts % _BOX + queries + block_q - 1) // block_q, 0)
     ends = jnp.cumsum(tiles_of)
     total = jnp.sum(tiles_of)
-    stops = starts + queries + (0 if others is None else read(others))
+    stops = starts + queries + others
 
-    def tile_of(number) -> Tile:
-        before = ends[None, :] <= number[:, None]
+    def tile() -> Tile:
+        before = ends[None, :] <= line[:, None]
         r = jnp.minimum(jnp.sum(before.astype(jnp.int32), axis=1), count - 1)
-        index = number - jnp.sum(jnp.where(before, tiles_of[None, :], 0), axis=1)
+        index = line - jnp.sum(jnp.where(before, tiles_of[None, :], 0), axis=1)
         start, q_len, kv_len, slot = (triton.load(each.at[r]) for each in (q_starts, q_lens, kv_lens, slots))
         slot = slot_of(slot)
         first = first_key(slot)
@@ -170,48 +189,66 @@ def _schedule_kernel(
         if window is not None:
             begin = jnp.maximum(jnp.maximum(position + low - window + 1, 0) // KV_TAIL_TOKENS * KV_TAIL_TOKENS, first)
         end = jnp.minimum(jnp.maximum(jnp.maximum(position + high, prefix), begin + 1), kv_len)
-        blocks = jnp.where(number < total, (end - begin + sizes.block_k - 1) // sizes.block_k, 0)
+        blocks = jnp.where(line < total, (end - begin + sizes.block_k - 1) // sizes.block_k, 0)
         return Tile(token, low, high, position, prefix, begin, blocks, slot * slot_tokens, kv_len)
 
-    def gap_of(number):
-        """Its first token, and how many it has."""
-        before = (rows[None, :] < number[:, None]) & there[None, :]
+    def gap() -> _Gap:
+        before = (rows[None, :] < line[:, None]) & there[None, :]
         first = jnp.max(jnp.where(before, stops[None, :], 0), axis=1)
-        start = triton.load(q_starts.at[jnp.minimum(number, count - 1)])
-        return first, jnp.maximum(jnp.where(number < count, start, sizes.tokens) - first, 0)
+        start = jnp.where(line < count, triton.load(q_starts.at[jnp.minimum(line, count - 1)]), sizes.tokens)
+        return _Gap(first, jnp.where(line <= count, jnp.maximum(start - first, 0), 0))
 
-    tile = tile_of(line)
-    rank = _rank(line, tile.blocks, lambda number: tile_of(number).blocks, tiles.shape[0], at_once)
-    for column, values in enumerate(tile):
-        triton.store(tiles.at[rank, column], values, mask=line < tiles.shape[0])
+    for row, values in enumerate((*tile(), *gap())):
+        triton.store(found.at[row, line], values, mask=line < found.shape[1])
+
+
+def _order_kernel(found, tiles, gaps, counts, *, at_once: int):
+    """Some programs find the places of tiles in their table, and write them there, others those of gaps; one counts."""
+    line = pl.program_id(0) * _MOST_LINES + jnp.arange(_MOST_LINES, dtype=jnp.int32)
+    num_tile, num_gap = len(Tile._fields), len(_Gap._fields)
+
+    def at(row: int, number, count: int):
+        return triton.load(found.at[row, number], mask=number < count, other=-1)
+
+    def blocks_of(number):
+        return at(Tile._fields.index("blocks"), number, tiles.shape[0])
 
     def is_gap(number):
-        return (gap_of(number)[1] > 0).astype(jnp.int32)
+        return jnp.clip(at(num_tile + _Gap._fields.index("size"), number, gaps.shape[0]), -1, 1)
 
-    rank = _rank(line, is_gap(line), is_gap, count + 1, at_once)
-    for column, values in enumerate(gap_of(line)):
-        triton.store(gaps.at[rank, column], values, mask=line <= count)
+    def write(table, rows: range, rank):
+        for column, row in enumerate(rows):
+            triton.store(table.at[rank, column], at(row, line, table.shape[0]), mask=line < table.shape[0])
 
-    @pl.when(pl.program_id(0) == 0)
+    @pl.when(pl.program_id(1) == 0)
     def _():
-        number = jnp.arange(2 * rows.size, dtype=jnp.int32)
-        num_gaps = jnp.sum(jnp.where(number <= count, is_gap(number), 0))
-        number = jnp.arange(at_once, dtype=jnp.int32)
+        write(tiles, range(num_tile), _rank(line, blocks_of, tiles.shape[0], at_once))
 
-        def add(i, blocks):
-            return blocks + jnp.sum(tile_of(i * at_once + number).blocks)
+    @pl.when(pl.program_id(1) == 1)
+    def _():
+        write(gaps, range(num_tile, num_tile + num_gap), _rank(line, is_gap, gaps.shape[0], at_once))
 
-        blocks = lax.fori_loop(0, pl.cdiv(total, at_once), add, jnp.int32(0))
-        at = jnp.arange(4, dtype=jnp.int32)
-        triton.store(counts.at[at], jnp.where(at == 0, total, jnp.where(at == 1, num_gaps, blocks)), mask=at < 3)
+    @pl.when((pl.program_id(1) == 2) & (pl.program_id(0) == 0))
+    def _():
+        def add(i, sums):
+            number = i * at_once + jnp.arange(at_once, dtype=jnp.int32)
+            blocks = jnp.maximum(blocks_of(number), 0)
+            some = jnp.minimum(blocks, 1), jnp.maximum(is_gap(number), 0), blocks
+            return tuple(count + jnp.sum(more) for count, more in zip(sums, some, strict=True))
+
+        sums = lax.fori_loop(0, pl.cdiv(found.shape[1], at_once), add, (jnp.int32(0),) * 3)
+        number = jnp.arange(4, dtype=jnp.int32)
+        values = functools.reduce(lambda row, each: jnp.where(number == each[0], each[1], row), enumerate(sums), number)
+        triton.store(counts.at[number], values, mask=number < 3)
 
 
-def _rank(line, value, value_of: Callable[[jax.Array], jax.Array], count: int, at_once: int) -> jax.Array:
-    """Of each `line`, of `value`, among lines `0 .. count - 1`: the largest comes first, of equals the first."""
+def _rank(line, value_at: Callable[[jax.Array], jax.Array], count: int, at_once: int) -> jax.Array:
+    """Of each `line`, among lines `0 .. count - 1`: the largest value comes first, of equals the first line."""
+    value = value_at(line)
 
     def add(i, rank):
         number = i * at_once + jnp.arange(at_once, dtype=jnp.int32)
-        other = jnp.where(number < count, value_of(number), -1)
+        other = value_at(number)
         before = (other[None, :] > value[:, None]) | (
             (other[None, :] == value[:, None]) & (number[None, :] < line[:, None])
         )
