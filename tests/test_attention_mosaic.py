@@ -337,7 +337,7 @@ def test_pace_changes_no_result(monkeypatch, dtype):
         ([(40, 300), (30, 33)], {"window": 50}),
         ([(40, 140), (70, 70), (30, 90)], {"prefix_lens": [100, 200, 85], "group": 1}),
         ([(40, 140)], {"soft_cap": 2.0, "sinks": True}),
-        ([(20, 30)], {"scale": -0.2, "group": 3, "kv_heads": 1}),
+        ([(20, 30)], {"scale": -0.2, "group": 3, "kv_heads": 3}),
         ([(0, 0), (0, 0)], {}),
         ([(1, 9), (2, 20)], {"blocks": 5}),  # more blocks than there is padding to fill
         ([(150, 300)], {"ping_pong": False, "own_out": False, "q_stages": 1, "block_k": 128, "stages": 3}),
@@ -362,6 +362,7 @@ MORE_LARGE = [
     ([(100, 300)], {"large": (60, 2**12, 1), "dtype": "float16"}),
     ([(100, 300), (1, 90)], {"large": (60, 2**12, 1), "quiet": True}),  # in one block of a cluster only
     ([(65, 192), (60, 188)], {"prefix_lens": [128, 192]}),
+    ([(100, 300)], {"large": (60, 2**12, 1), "group": 3, "kv_heads": 3}),
 ]
 """Not interpreted, for it takes long."""
 
@@ -435,6 +436,7 @@ MORE_MIXED = [
     ([(40, 300), (1, 300), (1, 20)], {"window": 50, "sinks": True, "soft_cap": 2.0}),
     ([(100, 300), (1, 90)], {"large": (60, 2**12, 1)}),
     ([(200, 300), *[(1, 310)] * 8], {"blocks": 5}),  # the prefill is not in a hurry
+    ([(37, 44), (1, 45)], {"group": 3, "kv_heads": 3}),
 ]
 """Not interpreted, for it takes long."""
 

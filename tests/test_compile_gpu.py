@@ -337,6 +337,19 @@ def test_most_shared_memory_of_a_decode_fits(dtype, head_dim, kv_heads, max_q_le
     assert len(mosaic_kernels(each)) == (2 if jax.__version_info__ >= (0, 11) else 0)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
+@pytest.mark.parametrize("requests", [1, REQUESTS], ids=["prefill", "mixed"])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(9, 3, 64), (14, 2, 64), (7, 1, 128)])
+def test_prompts_of_heads_that_are_no_multiple_of_four(requests, q_heads, kv_heads, head_dim):
+    spec = llama_spec(head_dim=head_dim, kv_heads=kv_heads)
+    rows = int32(requests)
+    batch = RaggedBatch(rows, rows, rows, rows, max_q_len=64)
+    q = jax.ShapeDtypeStruct((256, q_heads, head_dim), jnp.bfloat16)
+    each = compile_for("h100", straight, q, abstract_cache(spec), int32(), batch)
+    kernels = 1 if requests == 1 or not REGISTERS_STAY else 2
+    assert len(mosaic_kernels(each)) == 2 * kernels
+
+
 TUNED = [row for row in tilings._rows() if row["kernel"] == "mosaic_decode" and "gpu" in row]
 TUNED_MIXED = [row for row in tilings._rows() if row["kernel"].startswith("mosaic_mixed")]
 

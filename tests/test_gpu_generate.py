@@ -38,7 +38,8 @@ def test_france_in_float32(capsys):
     assert result["prompt_tokens"] == 37
     assert result["token_ids"] == [504, 3575, 282, 4649, 314, 7042, 30]
     assert result["finish_reason"] == "stop"
-    assert result["kv"]["mapped_bytes_peak"] == result["kv"]["page_bytes"] == 2 * 2**20
+    # 44 tokens; a kernel may read up to the 48th, and a page holds 45.5.
+    assert (result["kv"]["pages_peak"], result["kv"]["page_bytes"]) == (2, 2 * 2**20)
 
 
 def test_france_in_bfloat16(capsys):

@@ -240,7 +240,8 @@ def buffers(shape: Shape, dtype: Any) -> dict[str, Any]:
         "v_smem": swizzled((tiling.stages, *tile), dtype, rank=len(tile)),
         # And a row of what failed, by warpgroup: each array takes a multiple of 1 KiB.
         "tile_smem": plgpu.SMEM((tiling.q_stages + 1, FIELDS), jnp.int32),
-        "zero_smem": plgpu.SMEM((shape.zero_heads, shape.head_dim), dtype),
+        # Of as many elements as a warpgroup has threads, or more.
+        "zero_smem": plgpu.SMEM((max(shape.zero_heads, THREADS // shape.head_dim), shape.head_dim), dtype),
         "q_ready": plgpu.Barrier(num_arrivals=2, num_barriers=tiling.q_stages),
         "k_ready": plgpu.Barrier(num_barriers=tiling.stages),
         "v_ready": plgpu.Barrier(num_barriers=tiling.stages),
@@ -544,7 +545,7 @@ def fill_gaps(work: Work, gaps, num_gaps, out_ref, zero_smem) -> None:
             def part(i, _):
                 each = work.block + i * blocks
                 at = out_ref.at[first + lax.div(each, parts), pl.ds(lax.rem(each, parts) * heads, heads)]
-                plgpu.copy_smem_to_gmem(zero_smem, at)
+                plgpu.copy_smem_to_gmem(zero_smem.at[pl.ds(0, heads)], at)
 
             lax.fori_loop(0, lax.div(jnp.maximum(size * parts - work.block, 0) + blocks - 1, blocks), part, None)
 
