@@ -30,9 +30,9 @@ _LOG2_E = math.log2(math.e)
 
 GRAIN = 16
 """Keys of a unit: a part ends at a whole number of them, or at the end of a request."""
-_SEARCHED_ELEMENTS, _MOST_LINES = 256, 8
-"""Comparisons that a program of `_schedule_kernel`, a warp, makes for each of its columns, and its rows at most: many
-small programs are done sooner than a few."""
+_SEARCHED_ELEMENTS, _MOST_LINES, _MOST_WARPS = 256, 8, 4
+"""Comparisons that a warp of `_schedule_kernel` makes for each of its columns, and rows and warps of a program at most:
+many small programs are done sooner than a few."""
 _JOINED_ELEMENTS, _MOST_SEGMENTS = 4096, 32
 """Of partial results that a program of `_join_kernel` reads at first: no more, unless columns are `_LEAST_COLUMNS`."""
 _LEAST_COLUMNS = 16
@@ -104,25 +104,22 @@ def split(
       queries_apart: and so do their queries.
     """
     slot_tokens = view.slot_tokens
-    chunk = max(1, min(_MOST_LINES, _SEARCHED_ELEMENTS // pl.next_power_of_2(batch.num_requests)))
+    searched = pl.next_power_of_2(batch.num_requests)
+    chunk = max(1, min(_MOST_LINES, _SEARCHED_ELEMENTS // searched))
+    warps = max(1, min(_MOST_WARPS, searched // _SEARCHED_ELEMENTS))
+    make = functools.partial(
+        _schedule_kernel, chunk=chunk, sets=sets, slot_tokens=slot_tokens, room=room, window=view.window, apart=apart,
+        queries_apart=queries_apart,
+    )  # fmt: skip
     requests, table, owners = pl.pallas_call(
-        functools.partial(
-            _schedule_kernel,
-            chunk=chunk,
-            sets=sets,
-            slot_tokens=slot_tokens,
-            room=room,
-            window=view.window,
-            apart=apart,
-            queries_apart=queries_apart,
-        ),
+        make,
         out_shape=[
             jax.ShapeDtypeStruct((batch.num_requests, 8), jnp.int32),
             jax.ShapeDtypeStruct((streams, PROGRESS + 1), jnp.int32),
             jax.ShapeDtypeStruct((tokens, 4), jnp.int32),
         ],
         grid=(pl.cdiv(max(streams, tokens), chunk),),
-        compiler_params=triton.CompilerParams(num_warps=1),
+        compiler_params=triton.CompilerParams(num_warps=warps),
         interpret=interpret,
         name="attention_decode_schedule",
     )(batch.slots, batch.q_starts, batch.q_lens, batch.kv_lens, view.mapped, features.prefix_lens)

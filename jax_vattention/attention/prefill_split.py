@@ -72,7 +72,9 @@ class _Gap(NamedTuple):
     """Padding tokens between two requests, or before or behind all of them."""
 
     first: Any
+    """Token."""
     size: Any
+    """Tokens; 0 if there are none between these two."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +104,9 @@ def schedule(
     apart: bool = False,
     interpret: bool = False,
 ) -> Schedule:
-    """Tiles of queries of all requests, and what lies between these. Two launches, where XLA would make a dozen: the
-    first finds all of them, the second puts them in their order.
+    """Tiles of queries of all requests, and what lies between these.
+
+    In two launches, where XLA would make a dozen: one finds all of them, the other one puts them in their order.
 
     Args:
       apart: requests of one query have no tiles, and their results are written elsewhere.
