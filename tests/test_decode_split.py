@@ -176,7 +176,9 @@ def test_what_streams_found_is_joined_to_what_one_would_have_found(requests, who
     np.testing.assert_allclose(joined, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("requests", "sets", "streams_of_a_pair"), [(16, 8, 1), (4, 8, 4), (64, 8, 1 / 4), (1, 8, 16)])
+@pytest.mark.parametrize(
+    ("requests", "sets", "streams_of_a_pair"), [(16, 8, 1), (4, 8, 4), (64, 8, 1 / 4), (1024, 8, 1 / 64), (1, 8, 16)]
+)
 def test_pairs_of_one_length_are_split_without_a_rest(requests, sets, streams_of_a_pair):
     """128 streams: each has so many whole pairs, or one of as many parts of one pair."""
     length = 1024

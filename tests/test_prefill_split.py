@@ -97,7 +97,7 @@ def test_keys_behind_a_window_or_not_mapped_are_not_in_a_tile(batch, window, map
     check(*batch, window=window, mapped=tuple(mapped), prefixes=False)
 
 
-@pytest.mark.parametrize(("requests", "tokens"), [(300, 1), (1, 9000), (70, 130)])
+@pytest.mark.parametrize(("requests", "tokens"), [(300, 1), (1100, 1), (1, 9000), (70, 130)])
 def test_more_lines_than_a_program_takes(requests, tokens):
     check([(i % SLOTS, i * tokens, tokens, tokens + i, 0) for i in range(requests)], requests * tokens)
 

@@ -147,7 +147,7 @@ def _find_kernel(
     sizes: Sizes, slot_tokens: int, window: int | None, chunk: int, apart: bool,
 ):  # fmt: skip
     """Each program finds `chunk` tiles and gaps, in the order of their queries: a column of `found` is a `Tile`, and
-    then a `_Gap`. Those behind the last one have no tiles of keys, and no tokens."""
+    then a `_Gap`. Tiles behind the last one have no tiles of keys."""
     count, block_q = slots.shape[0], sizes.block_q
     rows = jnp.arange(pl.next_power_of_2(count), dtype=jnp.int32)
     there = rows < count
@@ -199,7 +199,7 @@ def _find_kernel(
         before = (rows[None, :] < line[:, None]) & there[None, :]
         first = jnp.max(jnp.where(before, stops[None, :], 0), axis=1)
         start = jnp.where(line < count, triton.load(q_starts.at[jnp.minimum(line, count - 1)]), sizes.tokens)
-        return _Gap(first, jnp.where(line <= count, jnp.maximum(start - first, 0), 0))
+        return _Gap(first, jnp.maximum(start - first, 0))
 
     for row, values in enumerate((*tile(), *gap())):
         triton.store(found.at[row, line], values, mask=line < found.shape[1])
