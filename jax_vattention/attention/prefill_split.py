@@ -240,9 +240,8 @@ def _order_kernel(found, tiles, gaps, counts, *, at_once: int):
             return tuple(count + jnp.sum(more) for count, more in zip(sums, some, strict=True))
 
         sums = lax.fori_loop(0, pl.cdiv(found.shape[1], at_once), add, (jnp.int32(0),) * 3)
-        number = jnp.arange(4, dtype=jnp.int32)
-        values = functools.reduce(lambda row, each: jnp.where(number == each[0], each[1], row), enumerate(sums), number)
-        triton.store(counts.at[number], values, mask=number < 3)
+        for i, each in enumerate(sums):
+            counts[i] = each
 
 
 def _rank(line, value_at: Callable[[jax.Array], jax.Array], count: int, at_once: int) -> jax.Array:
