@@ -104,7 +104,13 @@ KERNELS = {
     "mosaic_prefill": Kernel(
         mosaic_prefill,
         lambda head_dim, kv_dtype: mosaic_prefill.Tiling(),
-        {"block_k": (64, 128), "stages": (2, 3), "own_out": (True, False), "overlap": (True, False)},
+        {
+            "block_k": (64, 128),
+            "stages": (2, 3),
+            "own_out": (True, False),
+            "overlap": (True, False),
+            "l2_bytes": (None, 2**24),
+        },
         ("1x8192", "4x4096", "512 at 4096"),
         (64, 128),
         ("bfloat16",),

@@ -342,6 +342,8 @@ def test_pace_changes_no_result(monkeypatch, dtype):
         ([(1, 9), (2, 20)], {"blocks": 5}),  # more blocks than there is padding to fill
         ([(150, 300)], {"ping_pong": False, "own_out": False, "q_stages": 1, "block_k": 128, "stages": 3}),
         ([(150, 300), (1, 90)], {"overlap": False}),
+        ([(70, 170), (64, 64), (130, 130)], {"blocks": 1, "l2_bytes": 1}),  # in sections of heads and of requests
+        ([(150, 300), (1, 90)], {"blocks": 2, "group": 4, "l2_bytes": 1, "layout": "layer_major", "sinks": True}),
     ],
     ids=str,
 )
@@ -384,6 +386,7 @@ CLUSTERS = [
     ([(150, 300), (1, 90), (40, 128)], {"blocks": 4, "group": 4, "layout": "layer_major", "own_out": False}),
     ([(40, 300), (30, 33)], {"window": 50, "q_stages": 1, "sinks": True}),
     ([(100, 300), (1, 90)], {"large": (60, 2**12, 1)}),
+    ([(150, 300), (1, 90)], {"blocks": 2, "group": 4, "l2_bytes": 1}),
 ]
 
 
@@ -431,6 +434,7 @@ MIXED = [
     ([(40, 140), (1, 30), (1, 90)], {"prefix_lens": [100, 30, 85], "head_dim": 128}),
     ([(5, 5), (1, 200), (150, 300), (1, 310)], {"blocks": 3, "stages": 3, "decode": {"behind": 1, "mark": 2}}),
     ([(40, 300), (1, 300), (1, 20)], {"window": 50, "sinks": True, "decode": {"block_k": 128}}),
+    ([(150, 300), (1, 90), (40, 40)], {"blocks": 1, "group": 4, "l2_bytes": 1}),
 ]
 MORE_MIXED = [
     ([(40, 300), (1, 300), (1, 20)], {"window": 50, "sinks": True, "soft_cap": 2.0}),

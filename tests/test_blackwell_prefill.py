@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
         ([(40, 140)], {"soft_cap": 2.0, "sinks": True, "kv_heads": 1, "group": 1}),
         # Scores that differ so much that results are scaled down, and many buffers.
         ([(150, 300)], {"scale": -2.0, "kv_heads": 1, "q_stages": 2, "stages": 3}),
+        ([(5, 5), (270, 300)], {"blocks": 1, "l2_bytes": 1}),
     ],
     ids=str,
 )

@@ -289,12 +289,11 @@ def _weigh(
         _store(acc.astype(out_ref.dtype), row_smem, out_ref, tile, head, warpgroup, shape)
 
     def item(i, _):
-        head = work.item(i)[1]
         q_stage = lax.rem(i, tiling.q_stages)
         plgpu.barrier_wait(q_ready.at[q_stage])
         tile = _tile(tile_smem, q_stage)
         plgpu.barrier_arrive(q_free.at[q_stage])
-        pl.when(_used(tile, warpgroup))(functools.partial(attend, tile, head))
+        pl.when(_used(tile, warpgroup))(functools.partial(attend, tile, tile.head + work.item(i)[1]))
 
     lax.fori_loop(0, work.count, item, None)
 

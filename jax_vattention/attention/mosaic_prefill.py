@@ -324,11 +324,11 @@ class Work:
 
     @classmethod
     def of(cls, tiles, count, shape: Shape) -> Work:
-        """Of this block, if so many tiles are used."""
+        """Of this block, if so many rows of `tiles` are used."""
         size = shape.tiling.cluster
         # An axis of a cluster is found by a division: compilers do not see that it is the same for all threads.
         block = lax.axis_index(CLUSTER) if size == 1 else number_of_block()
-        return cls(tiles, count * (shape.num_q_heads // size), block, shape)
+        return cls(tiles, count * (shape.group // size), block, shape)
 
     @property
     def cluster(self) -> jax.Array:
@@ -350,12 +350,12 @@ class Work:
         return jnp.where(lax.rem(i, 2) == 0, self.cluster, self._clusters - 1 - self.cluster)
 
     def item(self, i) -> tuple[jax.Array, jax.Array]:
-        """Row of `tiles` and query head of number `i`. Heads that share a KV head are neighbours: L2 has their keys.
+        """Row of `tiles` of number `i`, and which query head of its KV head. These are neighbours: L2 has their keys.
 
         After the last one comes the first one again.
         """
         i, size = lax.rem(i, self.count), self.shape.tiling.cluster
-        item, heads = i * self._clusters + self._within(i), self.shape.num_q_heads // size
+        item, heads = i * self._clusters + self._within(i), self.shape.group // size
         return lax.div(item, heads), lax.rem(item, heads) * size + lax.rem(self.block, size)
 
 
@@ -386,11 +386,12 @@ def copy(
     block_k, stages, q_stages = tiling.block_k, tiling.stages, tiling.q_stages
 
     def item(i, done: Copied) -> Copied:
-        index, head = work.item(i)
+        index, head_of_group = work.item(i)
         count, depth = done.tiles, jnp.int32(stages)
         if depth_of is not None:
             depth = jnp.clip(depth_of(i), done.depth, done.depth + 1)
         tile = Tile(*(work.tiles[index, field] for field in range(len(Tile._fields))))
+        head = tile.head + head_of_group
         stage = lax.rem(i, q_stages)
 
         @pl.when(i >= q_stages)
@@ -410,7 +411,7 @@ def copy(
             stage = lax.rem(count + t, stages)
 
             def tokens(first, count):
-                kv_head = lax.div(head, shape.group)
+                kv_head = lax.div(tile.head, shape.group)
                 return tokens_of(ref, tile.row + first, count, column, kv_head, interpreted=shape.interpreted)
 
             has_to_wait, place = count + t >= depth, stage
@@ -584,11 +585,11 @@ def multiply(
             give_turn(0)
 
     def item(i, count):
-        head = work.item(i)[1]
         q_stage = lax.rem(i, tiling.q_stages)
         plgpu.barrier_wait(q_ready.at[q_stage])
         tile = Tile(*(tile_smem[q_stage, field] for field in range(len(Tile._fields))))
         plgpu.commit_smem()  # reads by threads come before the next copy to the same place, which is no thread's
+        head = tile.head + work.item(i)[1]
         q = q_smem.at[q_stage, own_rows]
         position = tile.position + warpgroup * ROWS
         softmax = functools.partial(softmax_of_tile, tile=tile, position=position, shape=shape)

@@ -33,6 +33,8 @@ class Tiles:
     """L2 is to keep K and V while others read something else."""
     cluster: int = 1
     """Blocks that read K and V together, at most: see `tiling_of`."""
+    l2_bytes: int | None = None
+    """K and V of a section of the schedule, which L2 is to hold; None: all are one section."""
 
     @property
     def grid(self) -> dict[str, Any]:
@@ -52,6 +54,8 @@ class Shape(CommonShape):
     num_q_heads: int
     tokens: int
     """Of the query array, padded."""
+    key_bytes: int
+    """Of K and V of a token, for a KV head."""
     block_q: int
     """Queries of a tile."""
     tiling: Tiles
@@ -74,13 +78,24 @@ class Shape(CommonShape):
             num_q_heads=q.shape[1],
             # Every tile of queries lies within the array.
             tokens=max(-(-q.shape[0] // BOX) * BOX, block_q),
+            key_bytes=2 * view.head_dim * view.k.dtype.itemsize,
             block_q=block_q,
             tiling=tiling,
         )
 
     def split_sizes(self, tokens: int) -> Sizes:
         """Those of the schedule for so many tokens."""
-        return Sizes(tokens, self.tokens, self.block_q, self.tiling.block_k)
+        limit = self.tiling.l2_bytes
+        return Sizes(
+            tokens,
+            self.tokens,
+            self.block_q,
+            self.tiling.block_k,
+            num_kv_heads=self.num_q_heads // self.group,
+            group=self.group,
+            blocks=self.tiling.blocks,
+            most_keys=None if limit is None else limit // self.key_bytes,
+        )
 
     @property
     def zero_heads(self) -> int:
