@@ -110,6 +110,7 @@ KERNELS = {
             "own_out": (True, False),
             "overlap": (True, False),
             "l2_bytes": (None, 2**24),
+            "q_registers": (False, True),
         },
         ("1x8192", "4x4096", "512 at 4096"),
         (64, 128),

@@ -341,8 +341,9 @@ def test_most_shared_memory_of_a_decode_fits(dtype, head_dim, kv_heads, max_q_le
 @pytest.mark.parametrize("requests", [1, REQUESTS], ids=["prefill", "mixed"])
 @pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(9, 3, 64), (14, 2, 64), (7, 1, 128)])
 def test_prompts_of_heads_that_are_no_multiple_of_four(requests, q_heads, kv_heads, head_dim, monkeypatch):
-    """In sections, whose schedule has a row for each of these KV heads."""
-    monkeypatch.setattr(mosaic_prefill, "tuned", lambda default, *_: dataclasses.replace(default, l2_bytes=2**24))
+    """In sections, whose schedule has a row for each of these KV heads; queries of one prompt in registers."""
+    options = {"l2_bytes": 2**24, "q_registers": requests == 1}
+    monkeypatch.setattr(mosaic_prefill, "tuned", lambda default, *_: dataclasses.replace(default, **options))
     spec = llama_spec(head_dim=head_dim, kv_heads=kv_heads)
     rows = int32(requests)
     batch = RaggedBatch(rows, rows, rows, rows, max_q_len=64)

@@ -96,6 +96,8 @@ class Tiling(Tiles):
     """Warpgroups take turns on the tensor cores."""
     overlap: bool = True
     """The softmax of a tile overlaps with the product with V of the one before it."""
+    q_registers: bool = False
+    """Queries are read into registers, and not from shared memory for each tile of keys."""
     registers: tuple[int, int] = (40, 232)
     """Of a thread that copies, and of one that multiplies."""
 
@@ -588,9 +590,10 @@ def multiply(
         q_stage = lax.rem(i, tiling.q_stages)
         plgpu.barrier_wait(q_ready.at[q_stage])
         tile = Tile(*(tile_smem[q_stage, field] for field in range(len(Tile._fields))))
+        q = q_smem.at[q_stage, own_rows]
+        left = plgpu.load(q, layout=plgpu.Layout.WGMMA) if tiling.q_registers else q  # type: ignore[call-arg]  # as above
         plgpu.commit_smem()  # reads by threads come before the next copy to the same place, which is no thread's
         head = tile.head + work.item(i)[1]
-        q = q_smem.at[q_stage, own_rows]
         position = tile.position + warpgroup * ROWS
         softmax = functools.partial(softmax_of_tile, tile=tile, position=position, shape=shape)
 
@@ -617,6 +620,8 @@ def multiply(
         acc = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
         weights, maximum, _, total = softmax(first(), maximum, total, key_of(0), masked=True)
         state = _State(maximum, total, acc, weights.astype(dtype))
+        if tiling.own_out and tiling.q_registers:
+            plgpu.barrier_arrive(q_free.at[q_stage])
 
         def step(t, state, *, masked: bool):
             """Scores and weights of tile `t`, and the product of those of tile `t - 1` with V.
@@ -629,7 +634,9 @@ def multiply(
             if in_turns:
                 wait_turn(warpgroup)
             keys = as_rows(k_smem.at[k_stage])
-            scores, acc, weights = begin_scores(q, keys, state.acc, state.weights, interpreted=interpreted)
+            scores, acc, weights = begin_scores(
+                left, keys, state.acc, state.weights, in_registers=tiling.q_registers, interpreted=interpreted
+            )
             plgpu.barrier_wait(v_ready.at[v_stage])
             acc = begin_sum(acc, weights, as_rows(v_smem.at[v_stage]), interpreted=interpreted)
             if in_turns:
@@ -664,7 +671,7 @@ def multiply(
         state = steps(full, below, state, masked=False)
         if shape.window is not None:
             state = steps(jnp.maximum(full, below), tile.blocks, state, masked=True)
-        if tiling.own_out:
+        if tiling.own_out and not tiling.q_registers:
             plgpu.barrier_arrive(q_free.at[q_stage])
         stage = stage_of(tile.blocks - 1)
         plgpu.barrier_wait(v_ready.at[stage])

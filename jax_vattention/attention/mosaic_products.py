@@ -32,14 +32,18 @@ def _array(shape, dtype) -> Any:
     return plgpu.ShapeDtypeStruct(tuple(shape), dtype, _WGMMA)
 
 
-def begin_scores(q, k, acc, weights, *, interpreted: bool):
-    """Begins `q @ k.T`; returns `(scores, acc, weights)`, the latter as `begin_sum` may take them next."""
+def begin_scores(q, k, acc, weights, *, in_registers: bool, interpreted: bool):
+    """Begins `q @ k.T`; returns `(scores, acc, weights)`, the latter as `begin_sum` may take them next.
+
+    Args:
+      in_registers: `q` is there, as `weights` are, and not in shared memory.
+    """
     shape = q.shape[0], k.shape[0]
     if interpreted:
         return _product(q, k.transpose((1, 0)), shape), acc, weights
 
     @plgpu.inline_mgpu(
-        arg_types=(operand(q), operand(k), _WGMMA, _WGMMA),
+        arg_types=(_WGMMA if in_registers else operand(q), operand(k), _WGMMA, _WGMMA),
         return_type=(_array(shape, jnp.float32), _array(acc.shape, acc.dtype), _array(weights.shape, weights.dtype)),
     )
     def begin(_, q, k, acc, weights):
@@ -48,19 +52,23 @@ def begin_scores(q, k, acc, weights, *, interpreted: bool):
         zero = mgpu.FragmentedArray.splat(mgpu.c(0.0, ir.F32Type.get()), shape, fragments.WGMMA_LAYOUT)
         zeros = mgpu.WGMMAAccumulator.from_registers(zero, sync=False)
         scores = mgpu.wgmma(zeros, q, mgpu.memref_transpose(k, (1, 0, 3, 2)), swizzle=_SWIZZLE)
-        _replace(zeros)
+        _replace(zeros, immediates=4 if in_registers else 5)
         issue("wgmma.commit_group.sync.aligned;")
         return scores.value, acc, weights
 
     return begin(q, k, acc, weights)
 
 
-def _replace(zeros: mgpu.WGMMAAccumulator) -> None:
-    """Makes the first step of a product replace the accumulator: then nothing has to zero it."""
+def _replace(zeros: mgpu.WGMMAAccumulator, *, immediates: int) -> None:
+    """Makes the first step of a product replace the accumulator: then nothing has to zero it.
+
+    Args:
+      immediates: numbers behind the operands: whether to add, two signs, and whether what is in shared memory is
+        transposed.
+    """
     i32 = ir.IntegerType.get_signless(32)
     (step,) = {use.owner for use in zeros._value.registers.flat[0].uses}
-    # After the accumulators, the rows and the columns: whether to add, two signs and two transpositions.
-    adds = len(step.operands) - 5
+    adds = len(step.operands) - immediates
     constant = step.operands[adds].owner
     if "wgmma.mma_async" not in str(step.attributes["asm_string"]) or str(constant.attributes["value"]) != "1 : i32":
         raise NotImplementedError(f"jax multiplies by other instructions than expected: {step}")
