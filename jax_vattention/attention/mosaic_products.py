@@ -52,23 +52,19 @@ def begin_scores(q, k, acc, weights, *, in_registers: bool, interpreted: bool):
         zero = mgpu.FragmentedArray.splat(mgpu.c(0.0, ir.F32Type.get()), shape, fragments.WGMMA_LAYOUT)
         zeros = mgpu.WGMMAAccumulator.from_registers(zero, sync=False)
         scores = mgpu.wgmma(zeros, q, mgpu.memref_transpose(k, (1, 0, 3, 2)), swizzle=_SWIZZLE)
-        _replace(zeros, immediates=4 if in_registers else 5)
+        _replace(zeros)
         issue("wgmma.commit_group.sync.aligned;")
         return scores.value, acc, weights
 
     return begin(q, k, acc, weights)
 
 
-def _replace(zeros: mgpu.WGMMAAccumulator, *, immediates: int) -> None:
-    """Makes the first step of a product replace the accumulator: then nothing has to zero it.
-
-    Args:
-      immediates: numbers behind the operands: whether to add, two signs, and whether what is in shared memory is
-        transposed.
-    """
-    i32 = ir.IntegerType.get_signless(32)
+def _replace(zeros: mgpu.WGMMAAccumulator) -> None:
+    """Makes the first step of a product replace the accumulator: then nothing has to zero it."""
+    i32, descriptor = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
     (step,) = {use.owner for use in zeros._value.registers.flat[0].uses}
-    adds = len(step.operands) - immediates
+    # Behind the columns, which are in shared memory whether or not the rows are, comes whether to add.
+    adds = 1 + max(number for number, each in enumerate(step.operands) if each.type == descriptor)
     constant = step.operands[adds].owner
     if "wgmma.mma_async" not in str(step.attributes["asm_string"]) or str(constant.attributes["value"]) != "1 : i32":
         raise NotImplementedError(f"jax multiplies by other instructions than expected: {step}")
