@@ -343,7 +343,6 @@ def test_pace_changes_no_result(monkeypatch, dtype):
         ([(150, 300)], {"ping_pong": False, "own_out": False, "q_stages": 1, "block_k": 128, "stages": 3}),
         ([(150, 300), (1, 90)], {"overlap": False}),
         ([(70, 170), (64, 64), (130, 130)], {"blocks": 1, "l2_bytes": 1}),  # in sections of heads and of requests
-        ([(150, 300), (1, 90)], {"q_registers": True, "q_stages": 1, "head_dim": 128}),
         ([(150, 300), (1, 90)], {"blocks": 2, "group": 4, "l2_bytes": 1, "layout": "layer_major", "sinks": True}),
     ],
     ids=str,

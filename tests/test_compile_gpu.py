@@ -248,17 +248,21 @@ def quantized_and_read(x, weights, cache, batch):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
-@pytest.mark.parametrize(("dtype", "head_dim"), [(jnp.float16, 64), (jnp.bfloat16, 128)], ids=["float16", "bfloat16"])
-def test_one_prompt_on_hopper(dtype, head_dim, monkeypatch):
-    """Whose blocks share their reads."""
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "requests", "q_len", "cluster"),
+    [(jnp.float16, 64, 1, 2048, 2), (jnp.bfloat16, 128, 4, 2048, 2), (jnp.bfloat16, 128, 4, 1024, 1)],
+)
+def test_prompts_on_hopper(dtype, head_dim, requests, q_len, cluster, monkeypatch):
+    """Blocks share their reads if prompts are long."""
     found = results_of(monkeypatch, mosaic_prefill, "tiling_of")
-    spec, row = llama_spec(dtype=dtype, head_dim=head_dim), int32(1)
-    batch = RaggedBatch(slots=row, q_starts=row, q_lens=row, kv_lens=row, max_q_len=1024)
-    each = compile_for("h100", straight, abstract_q(spec, 1024), abstract_cache(spec), int32(), batch)
+    spec, rows = llama_spec(dtype=dtype, head_dim=head_dim), int32(requests)
+    batch = RaggedBatch(slots=rows, q_starts=rows, q_lens=rows, kv_lens=rows, max_q_len=q_len)
+    q = jax.ShapeDtypeStruct((requests * q_len, Q_HEADS, head_dim), dtype)
+    each = compile_for("h100", straight, q, abstract_cache(spec), int32(), batch)
     assert_views_not_copied(each, spec)
     assert len(mosaic_kernels(each)) == 2
     assert all("attention_prefill" in rest for rest in mosaic_kernels(each))
-    assert {tiling.cluster for tiling in found} == {2}
+    assert {tiling.cluster for tiling in found} == {cluster}
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
@@ -340,10 +344,8 @@ def test_most_shared_memory_of_a_decode_fits(dtype, head_dim, kv_heads, max_q_le
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="not with this version of jax")
 @pytest.mark.parametrize("requests", [1, REQUESTS], ids=["prefill", "mixed"])
 @pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(9, 3, 64), (14, 2, 64), (7, 1, 128)])
-def test_prompts_of_heads_that_are_no_multiple_of_four(requests, q_heads, kv_heads, head_dim, monkeypatch):
-    """In sections, whose schedule has a row for each of these KV heads; queries of one prompt in registers."""
-    options = {"l2_bytes": 2**24, "q_registers": requests == 1}
-    monkeypatch.setattr(mosaic_prefill, "tuned", lambda default, *_: dataclasses.replace(default, **options))
+def test_prompts_of_heads_that_are_no_multiple_of_four(requests, q_heads, kv_heads, head_dim):
+    """The schedule has a row for each of these KV heads."""
     spec = llama_spec(head_dim=head_dim, kv_heads=kv_heads)
     rows = int32(requests)
     batch = RaggedBatch(rows, rows, rows, rows, max_q_len=64)

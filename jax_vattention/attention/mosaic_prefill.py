@@ -82,6 +82,8 @@ _BLOCK_Q = ROWS * _CONSUMERS
 """Queries of a tile."""
 _LIMIT = 2.0**100
 """Of the sum of a row's weights in an optimistic attempt."""
+_MANY_QUERIES = 2048
+"""Of a request, on average: then blocks work in clusters."""
 _FEW = 64
 """Keys of a tile, and dimensions, for whose products a thread has registers without those of another warpgroup."""
 
@@ -96,8 +98,7 @@ class Tiling(Tiles):
     """Warpgroups take turns on the tensor cores."""
     overlap: bool = True
     """The softmax of a tile overlaps with the product with V of the one before it."""
-    q_registers: bool = False
-    """Queries are read into registers, and not from shared memory for each tile of keys."""
+    l2_bytes: int | None = 2**24
     registers: tuple[int, int] = (40, 232)
     """Of a thread that copies, and of one that multiplies."""
 
@@ -142,7 +143,7 @@ def run(
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`."""
     # Blocks that work together wait for each other where a tile of queries begins: it pays where many keys follow.
-    default = Tiling(cluster=2 if batch.num_requests == 1 else 1)
+    default = Tiling(cluster=2 if q.shape[0] >= _MANY_QUERIES * batch.num_requests else 1)
     tiling = tiling_of(tiling, default, q, view, interpret=interpret)
     shape = shape_of(q, view, features, scale=scale, tiling=tiling, interpret=interpret)
     kernel = functools.partial(_prefill, shape=shape, tiling=tiling, has_sinks=features.sinks is not None)
@@ -591,7 +592,6 @@ def multiply(
         plgpu.barrier_wait(q_ready.at[q_stage])
         tile = Tile(*(tile_smem[q_stage, field] for field in range(len(Tile._fields))))
         q = q_smem.at[q_stage, own_rows]
-        left = plgpu.load(q, layout=plgpu.Layout.WGMMA) if tiling.q_registers else q  # type: ignore[call-arg]  # as above
         plgpu.commit_smem()  # reads by threads come before the next copy to the same place, which is no thread's
         head = tile.head + work.item(i)[1]
         position = tile.position + warpgroup * ROWS
@@ -620,8 +620,6 @@ def multiply(
         acc = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
         weights, maximum, _, total = softmax(first(), maximum, total, key_of(0), masked=True)
         state = _State(maximum, total, acc, weights.astype(dtype))
-        if tiling.own_out and tiling.q_registers:
-            plgpu.barrier_arrive(q_free.at[q_stage])
 
         def step(t, state, *, masked: bool):
             """Scores and weights of tile `t`, and the product of those of tile `t - 1` with V.
@@ -634,9 +632,7 @@ def multiply(
             if in_turns:
                 wait_turn(warpgroup)
             keys = as_rows(k_smem.at[k_stage])
-            scores, acc, weights = begin_scores(
-                left, keys, state.acc, state.weights, in_registers=tiling.q_registers, interpreted=interpreted
-            )
+            scores, acc, weights = begin_scores(q, keys, state.acc, state.weights, interpreted=interpreted)
             plgpu.barrier_wait(v_ready.at[v_stage])
             acc = begin_sum(acc, weights, as_rows(v_smem.at[v_stage]), interpreted=interpreted)
             if in_turns:
@@ -671,7 +667,7 @@ def multiply(
         state = steps(full, below, state, masked=False)
         if shape.window is not None:
             state = steps(jnp.maximum(full, below), tile.blocks, state, masked=True)
-        if tiling.own_out and not tiling.q_registers:
+        if tiling.own_out:
             plgpu.barrier_arrive(q_free.at[q_stage])
         stage = stage_of(tile.blocks - 1)
         plgpu.barrier_wait(v_ready.at[stage])

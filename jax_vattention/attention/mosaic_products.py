@@ -32,18 +32,14 @@ def _array(shape, dtype) -> Any:
     return plgpu.ShapeDtypeStruct(tuple(shape), dtype, _WGMMA)
 
 
-def begin_scores(q, k, acc, weights, *, in_registers: bool, interpreted: bool):
-    """Begins `q @ k.T`; returns `(scores, acc, weights)`, the latter as `begin_sum` may take them next.
-
-    Args:
-      in_registers: `q` is there, as `weights` are, and not in shared memory.
-    """
+def begin_scores(q, k, acc, weights, *, interpreted: bool):
+    """Begins `q @ k.T`; returns `(scores, acc, weights)`, the latter as `begin_sum` may take them next."""
     shape = q.shape[0], k.shape[0]
     if interpreted:
         return _product(q, k.transpose((1, 0)), shape), acc, weights
 
     @plgpu.inline_mgpu(
-        arg_types=(_WGMMA if in_registers else operand(q), operand(k), _WGMMA, _WGMMA),
+        arg_types=(operand(q), operand(k), _WGMMA, _WGMMA),
         return_type=(_array(shape, jnp.float32), _array(acc.shape, acc.dtype), _array(weights.shape, weights.dtype)),
     )
     def begin(_, q, k, acc, weights):
@@ -63,7 +59,7 @@ def _replace(zeros: mgpu.WGMMAAccumulator) -> None:
     """Makes the first step of a product replace the accumulator: then nothing has to zero it."""
     i32, descriptor = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
     (step,) = {use.owner for use in zeros._value.registers.flat[0].uses}
-    # Behind the columns, which are in shared memory whether or not the rows are, comes whether to add.
+    # Behind the descriptors of what is multiplied comes whether to add.
     adds = 1 + max(number for number, each in enumerate(step.operands) if each.type == descriptor)
     constant = step.operands[adds].owner
     if "wgmma.mma_async" not in str(step.attributes["asm_string"]) or str(constant.attributes["value"]) != "1 : i32":
