@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from benchmarks import _attention, _machine, decode, mixed, prefill
-from benchmarks._attention import LAYOUTS, Outcome, Sizes
+from benchmarks._attention import LAYOUTS, Outcome, Sizes, Work
 from benchmarks._report import Column, Report, Table
 from jax_vattention.attention import decode_shape, mosaic_decode, mosaic_mixed, mosaic_prefill, target, tilings
 from jax_vattention.spec import Layout
@@ -43,6 +43,8 @@ class Kernel(NamedTuple):
     kv_dtypes: tuple[str, ...]
     option: str = "tiling"
     """Of the module's `run`."""
+    for_work: Callable[[Any, Work], Any] = lambda tiling, work: tiling
+    """A `Tiling` with what depends on the shape, and is not tuned."""
 
     def candidates(self, default: Any) -> Iterator[dict[str, Any]]:
         """The fields of this default, then all others, those first that differ from it in few.
@@ -114,6 +116,7 @@ KERNELS = {
         ("1x8192", "4x4096", "512 at 4096"),
         (64, 128),
         ("bfloat16",),
+        for_work=lambda tiling, work: mosaic_prefill.in_clusters(tiling, work.num_queries, len(work.q_lens)),
     ),
 }
 _WORKS = {work.name: work for module in (decode, mixed, prefill) for work in module.works("llama-3-8b")}
@@ -193,8 +196,11 @@ def _measured(
 
 
 def _reader(kernel: Kernel, tiling: Any) -> _attention.Reader:
-    run = functools.partial(kernel.module.run, **{kernel.option: tiling})
-    return lambda work: functools.partial(_attention.attend_through, run)
+    def through(work: Work) -> _attention.Program:
+        run = functools.partial(kernel.module.run, **{kernel.option: kernel.for_work(tiling, work)})
+        return functools.partial(_attention.attend_through, run)
+
+    return through
 
 
 def compared(found: Sequence[tuple[dict[str, Any], Sequence[Outcome]]]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from benchmarks._attention import Outcome
 from benchmarks._report import Column, Report, Table
 from benchmarks._timing import Timing, back_to_back, interleave
 from jax_vattention import KVCacheSpec
-from jax_vattention.attention import decode_shape, target, tilings
+from jax_vattention.attention import decode_shape, mosaic_prefill, target, tilings
 from jax_vattention.attention.tilings import tuned
 
 
@@ -485,6 +485,26 @@ def test_what_is_tuned_is_what_the_kernels_have():
             changes = [sum(fields[name] != candidates[0][name] for name in fields) for fields in candidates]
             assert changes == sorted(changes), "a run whose time is short has tried what is next to the defaults"
         assert set(kernel.works) <= {work.name for work in tune._WORKS.values()}, name
+
+
+@pytest.mark.parametrize(("work", "cluster"), [("1x8192", 2), ("4x4096", 2), ("512 at 4096", 1)])
+def test_a_prefill_is_tuned_in_the_clusters_that_it_runs_in(work, cluster, monkeypatch):
+    kernel, taken = tune.KERNELS["mosaic_prefill"], []
+
+    def seen(tiling, default, *_, **__):
+        taken.append(default if tiling is None else tiling)
+        raise NotImplementedError
+
+    monkeypatch.setattr(mosaic_prefill, "tiling_of", seen)
+    measured = tune._WORKS[work]
+    queries = jax.ShapeDtypeStruct((measured.num_queries, 32, 128), jnp.bfloat16)
+    batch = measured.batch(range(len(measured.q_lens)))
+    with pytest.raises(NotImplementedError):
+        mosaic_prefill.run(queries, None, None, batch, None, scale=1.0)
+    cache = types.SimpleNamespace(order=None, layer_view=lambda _: None)
+    with pytest.raises(NotImplementedError):
+        tune._reader(kernel, kernel.default(128, "bfloat16"))(measured)([queries], cache, batch, layers=[0])
+    assert taken == [mosaic_prefill.Tiling(cluster=cluster)] * 2
 
 
 def test_tune_does_not_try_again_what_did_not_run(monkeypatch):

@@ -142,8 +142,7 @@ def run(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attention`; returns `(out, order)`."""
-    # Blocks that work together wait for each other where a tile of queries begins: it pays where many keys follow.
-    default = Tiling(cluster=2 if q.shape[0] >= _MANY_QUERIES * batch.num_requests else 1)
+    default = in_clusters(Tiling(), q.shape[0], batch.num_requests)
     tiling = tiling_of(tiling, default, q, view, interpret=interpret)
     shape = shape_of(q, view, features, scale=scale, tiling=tiling, interpret=interpret)
     kernel = functools.partial(_prefill, shape=shape, tiling=tiling, has_sinks=features.sinks is not None)
@@ -151,6 +150,14 @@ def run(
     if tiling.cluster > 1:
         types["done"] = tiling.barrier(num_arrivals=_CONSUMERS + 1)
     return launch(kernel, types, _CONSUMERS + 1, shape, q, view, order, batch, features, interpret=interpret)
+
+
+def in_clusters(tiling: _Tiling, tokens: int, requests: int) -> _Tiling:
+    """With clusters for so many queries of so many requests, or without.
+
+    Blocks that work together wait for each other where a tile of queries begins: it pays where many keys follow.
+    """
+    return dataclasses.replace(tiling, cluster=2 if tokens >= _MANY_QUERIES * requests else 1)
 
 
 def tiling_of(
